@@ -1,0 +1,36 @@
+"""The attention seam: `plan` once a step, `run` once a layer. Metadata is passed down, never global."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any, Protocol
+
+from torch import Tensor
+
+
+@dataclass(slots=True)
+class AttentionMetadata:
+    """One batch as one layer group sees it. All tensors int32, on the device.
+
+    query_start_loc [R+1]: rows of request r are query_start_loc[r]..query_start_loc[r+1].
+    seq_lens [R]: context length of request r, this step's tokens included; the i-th of its n query rows stands at seq_len - n + i.
+    block_table [R, max_blocks]: entries in 256-byte units from the arena's base, -1 where dead.
+    handle: what the kernel made of it in `plan` (work items, pointers); opaque here.
+    """
+
+    num_requests: int
+    num_tokens: int
+    query_start_loc: Tensor
+    seq_lens: Tensor
+    block_table: Tensor
+    handle: Any = None
+
+
+class AttentionBackend(Protocol):
+    """How a batch attends. One object per layer group; `plan` makes no host sync."""
+
+    def plan(self, metadata: AttentionMetadata) -> AttentionMetadata:
+        """Prepare `metadata` (fill `handle`) for every layer of the group."""
+
+    def run(self, layer: int, qkv_TC: Tensor, positions_T: Tensor, out_TC: Tensor, metadata: AttentionMetadata) -> Tensor:
+        """Rotate q and k, store k and v of the new tokens, attend; returns out [T, H * v_head_dim]."""

@@ -1,0 +1,120 @@
+"""What a caller may ask of the text that is generated. Field names, defaults and meanings are vLLM's."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+
+from apportion.core.errors import InvalidParameter
+
+MAX_SEED = 2**63 - 1
+
+
+@dataclass(slots=True, kw_only=True)
+class SamplingParams:
+    """Sampling and stopping of one request.
+
+    temperature 0 is greedy. top_k 0 or -1 means all tokens. Penalties follow OpenAI (presence, frequency: over generated tokens) and
+    CTRL (repetition: over prompt and generated tokens). seed None draws one; the seed drawn makes the request repeatable when given back.
+    logprobs: how many top tokens to report at each position beside the chosen one (-1: the whole vocabulary); None for none.
+    stop: strings; stop_token_ids: ids; `include_stop_str_in_output` keeps the matched text. max_tokens None: up to max_model_len.
+    truncate_prompt_tokens: keep the last so many tokens of the prompt (-1: as many as max_model_len allows).
+
+    Errors: InvalidParameter, naming the field and its limit.
+    """
+
+    n: int = 1
+    temperature: float = 1.0
+    top_p: float = 1.0
+    top_k: int = 0
+    min_p: float = 0.0
+    presence_penalty: float = 0.0
+    frequency_penalty: float = 0.0
+    repetition_penalty: float = 1.0
+    seed: int | None = None
+    stop: str | Sequence[str] | None = None
+    stop_token_ids: Sequence[int] | None = None
+    include_stop_str_in_output: bool = False
+    ignore_eos: bool = False
+    max_tokens: int | None = 16
+    min_tokens: int = 0
+    logprobs: int | None = None
+    prompt_logprobs: int | None = None
+    logit_bias: dict[int, float] | None = None
+    allowed_token_ids: Sequence[int] | None = None
+    bad_words: Sequence[str] | None = None
+    truncate_prompt_tokens: int | None = None
+    detokenize: bool = True
+    skip_special_tokens: bool = True
+    spaces_between_special_tokens: bool = True
+    priority: int = 0  # smaller runs earlier under the priority policy
+    bad_words_token_ids: list[list[int]] = field(default_factory=list)  # made from bad_words by the tokenizer
+
+    def __post_init__(self) -> None:
+        if isinstance(self.stop, str):
+            self.stop = [self.stop]
+        self.stop = list(self.stop or ())
+        self.stop_token_ids = list(self.stop_token_ids or ())
+        if self.bad_words is not None:
+            self.bad_words = list(self.bad_words)
+        if self.top_k == -1:
+            self.top_k = 0
+        self._check()
+
+    @property
+    def is_greedy(self) -> bool:
+        return self.temperature == 0.0
+
+    def _check(self) -> None:
+        _number("temperature", self.temperature, 0.0, math.inf)
+        _number("top_p", self.top_p, 0.0, 1.0, open_low=True)
+        _number("min_p", self.min_p, 0.0, 1.0)
+        _number("presence_penalty", self.presence_penalty, -2.0, 2.0)
+        _number("frequency_penalty", self.frequency_penalty, -2.0, 2.0)
+        _number("repetition_penalty", self.repetition_penalty, 0.0, math.inf, open_low=True)
+        _integer("n", self.n, 1, 1024)
+        _integer("top_k", self.top_k, 0, 2**31 - 1)
+        _integer("min_tokens", self.min_tokens, 0, 2**31 - 1)
+        for name in ("max_tokens", "truncate_prompt_tokens"):
+            value = getattr(self, name)
+            if value is not None and not (name == "truncate_prompt_tokens" and value == -1):
+                _integer(name, value, 1, 2**31 - 1)
+        for name in ("logprobs", "prompt_logprobs"):
+            value = getattr(self, name)
+            if value is not None:
+                _integer(name, value, -1, 2**31 - 1)
+        if self.seed is not None:
+            _integer("seed", self.seed, -MAX_SEED, MAX_SEED)
+        if self.max_tokens is not None and self.min_tokens > self.max_tokens:
+            raise InvalidParameter(f"min_tokens ({self.min_tokens}) is greater than max_tokens ({self.max_tokens})")
+        if any(not isinstance(s, str) or not s for s in self.stop or ()):
+            raise InvalidParameter("stop must be non-empty strings")
+        if self.stop and not self.detokenize:
+            raise InvalidParameter("stop strings need detokenize=True")
+        for name in ("stop_token_ids", "allowed_token_ids"):
+            if any(not isinstance(t, int) or isinstance(t, bool) or t < 0 for t in getattr(self, name) or ()):
+                raise InvalidParameter(f"{name} must be non-negative integers")
+        if self.allowed_token_ids is not None and not self.allowed_token_ids:
+            raise InvalidParameter("allowed_token_ids is empty: no token could be sampled")
+        for token, bias in (self.logit_bias or {}).items():
+            if not isinstance(token, int) or token < 0:
+                raise InvalidParameter(f"logit_bias has the key {token!r}: keys are token ids")
+            _number(f"logit_bias[{token}]", bias, -100.0, 100.0)
+        if any(not isinstance(w, str) or not w for w in self.bad_words or ()):
+            raise InvalidParameter("bad_words must be non-empty strings")
+
+
+def _number(name: str, value: object, low: float, high: float, *, open_low: bool = False) -> None:
+    if not isinstance(value, (int, float)) or isinstance(value, bool) or math.isnan(value) or math.isinf(value):
+        raise InvalidParameter(f"{name} must be a finite number, got {value!r}")
+    if value > high or value < low or (open_low and value == low):
+        bounds = f"{'greater than' if open_low else 'at least'} {low:g}" + ("" if high == math.inf else f" and at most {high:g}")
+        raise InvalidParameter(f"{name} must be {bounds}, got {value!r}")
+
+
+def _integer(name: str, value: object, low: int, high: int) -> None:
+    if not isinstance(value, int) or isinstance(value, bool):
+        raise InvalidParameter(f"{name} must be an integer, got {value!r}")
+    if not low <= value <= high:
+        raise InvalidParameter(f"{name} must be between {low} and {high}, got {value}")

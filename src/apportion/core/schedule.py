@@ -1,0 +1,105 @@
+"""The messages of the executor seam: what one step is, and what came of it. Plain data, picklable, no torch.
+
+A step is a token count per request; there is no prefill flag. `SchedulerOutput` is a delta: a request is described in full
+when a lane sees it for the first time (or again, after a move, a preemption or a replay), and by what changed afterwards.
+Logits never cross: sampling happens in the worker.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from enum import StrEnum
+
+from apportion.core.sampling_params import SamplingParams
+
+
+@dataclass(slots=True)
+class NewRequest:
+    """A request in full.
+
+    token_ids: every token known so far, prompt first. block_tables: per layer group, entries in units of 256 bytes from the
+    arena's base; an entry of -1 lies wholly behind the group's window. num_computed_tokens: tokens whose KV is already stored.
+    """
+
+    request_id: str
+    token_ids: list[int]
+    num_prompt_tokens: int
+    num_computed_tokens: int
+    sampling_params: SamplingParams
+    block_tables: tuple[list[int], ...]
+    adapter_id: int | None = None
+
+
+@dataclass(slots=True)
+class CachedRequest:
+    """What changed in a request that the lane already knows.
+
+    new_token_ids: tokens sampled elsewhere that this lane has not seen (empty in the usual case: the lane sampled them).
+    new_blocks: per layer group, entries appended to the table. freed_blocks: per group, how many leading entries are dead.
+    """
+
+    request_id: str
+    num_computed_tokens: int
+    new_token_ids: list[int] = field(default_factory=list)
+    new_blocks: tuple[list[int], ...] = ()
+    freed_blocks: tuple[int, ...] = ()
+
+
+class KVOpKind(StrEnum):
+    COPY = "copy"  # copy bytes; the source stays
+    MOVE = "move"  # copy bytes; the source is drained after the step
+    QUANTIZE = "quantize"  # re-store a block in another format (a position-defined transition)
+
+
+@dataclass(slots=True, frozen=True)
+class KVOp:
+    """Executed by the worker before the step's forward pass. `src` and `dst` are arena entries (256-byte units)."""
+
+    kind: KVOpKind
+    group: int
+    src: int
+    dst: int
+    num_bytes: int
+
+
+@dataclass(slots=True)
+class SchedulerOutput:
+    """One step of one model on one lane. `num_scheduled_tokens` is ordered: rows of the batch come in that order."""
+
+    step_id: int
+    model: str
+    num_scheduled_tokens: dict[str, int]
+    new_requests: list[NewRequest] = field(default_factory=list)
+    cached_requests: list[CachedRequest] = field(default_factory=list)
+    finished_ids: list[str] = field(default_factory=list)  # forget these (finished, aborted, moved or preempted)
+    kv_ops: list[KVOp] = field(default_factory=list)
+    draft_tokens: dict[str, list[int]] = field(default_factory=dict)
+    grammar_mask: dict[str, bytes] = field(default_factory=dict)  # one packed bit per vocabulary entry
+
+    @property
+    def total_tokens(self) -> int:
+        return sum(self.num_scheduled_tokens.values())
+
+
+@dataclass(slots=True)
+class TokenLogprobs:
+    """Log-probabilities at one position: the chosen token first, then the top ones, each with its rank (1 = most likely)."""
+
+    token_ids: list[int]
+    logprobs: list[float]
+    ranks: list[int]
+
+
+@dataclass(slots=True)
+class ModelRunnerOutput:
+    """What a step produced. `token_ids` holds 0..n sampled tokens per request (0 while a prompt is still being computed)."""
+
+    step_id: int
+    model: str
+    token_ids: dict[str, list[int]]
+    logprobs: dict[str, list[TokenLogprobs]] = field(default_factory=dict)
+    prompt_logprobs: dict[str, list[TokenLogprobs]] = field(default_factory=dict)  # of this chunk's positions
+    num_accepted_drafts: dict[str, int] = field(default_factory=dict)
+    pooled: dict[str, list[float]] = field(default_factory=dict)
+    errors: dict[str, str] = field(default_factory=dict)  # request id -> one sentence; the others go on
+    execute_s: float = 0.0

@@ -1,0 +1,219 @@
+"""The operators by name: signatures, shapes, meaning. The only thing callers import from `kernels`.
+
+Axis letters: T tokens (flat), R requests, H query heads, K kv heads, D head dim, M model dim, F ffn dim, E experts, V vocab,
+N output and C input features of a linear.
+
+On the CPU every activation is float32, contiguous in its last axis; weights and KV have their own dtypes. An operator is made
+once (it holds weights, strides and the thread team) and then called with tensors. Every implementation is held to
+`kernels/reference` by tests/conformance. Where an implementation rounds activations before multiplying (matrix tiles take bf16
+operands), its capability says so.
+
+Bitwise promise of a `batch_invariant` implementation: the result of a row depends on that row (and for attention on its
+request's KV and its position) alone, never on T, R, chunking or the number of threads. Linears accumulate C in one fixed order; attention
+cuts the context at absolute positions (chunks of 32 tokens, partitions of PARTITION_LEN) and merges partitions in order.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any, Protocol
+
+from torch import Tensor
+
+from apportion.core.kv_spec import KVGroupSpec
+
+PARTITION_LEN = 1024  # tokens of context one work item of attention walks with one running maximum
+WEIGHT_DTYPES = ("float32", "bfloat16", "float16")
+
+
+@dataclass(frozen=True, slots=True)
+class LinearSpec:
+    """y[T, N] = x[T, C] @ w[N, C]^T + bias[N]."""
+
+    out_features: int
+    in_features: int
+    dtype: str = "float32"
+    bias: bool = False
+
+
+class Linear(Protocol):
+    """A linear with its weight in packed panels, [N / 32][C / lanes][32][lanes], lanes = 4 // element_bytes, N padded to 32 and C to 32 with zeros.
+
+    The bias (float32) follows the panels in the same buffer.
+    """
+
+    spec: LinearSpec
+    nbytes: int
+
+    def bind(self, buffer: Tensor) -> None:
+        """Use `buffer` (uint8 [nbytes], 256-byte aligned) as storage; its content is kept: it may be already packed."""
+
+    def load_rows(self, weight: Tensor, row: int) -> None:
+        """Pack weight [n, C] (any float dtype) as output rows row..row+n."""
+
+    def load_bias(self, bias: Tensor, row: int) -> None: ...
+
+    def __call__(self, x: Tensor, out: Tensor | None = None) -> Tensor:
+        """x [T, C] -> [T, N] float32. x may be a view with a row stride."""
+
+    def rows(self, ids: Tensor) -> Tensor:
+        """Rows `ids` (int32 [T]) of the weight as float32 [T, C]: a tied embedding reads its table from the packed panels."""
+
+
+@dataclass(frozen=True, slots=True)
+class ExpertsSpec:
+    """E experts of gate, up, down: y = sum over chosen e of p_e * down_e(silu(gate_e x) * up_e x).
+
+    dtypes: one per expert, so that experts may differ once mixed records exist; a single entry means all alike.
+    """
+
+    num_experts: int
+    hidden: int
+    ffn: int
+    dtypes: tuple[str, ...] = ("float32",)
+
+
+class Experts(Protocol):
+    spec: ExpertsSpec
+    nbytes: int
+
+    def bind(self, buffer: Tensor) -> None: ...
+
+    def load(self, expert: int, projection: str, weight: Tensor, row: int = 0) -> None:
+        """projection: 'gate' or 'up' (weight [n, M], rows row..row+n of F) or 'down' (weight [n, F], rows of M)."""
+
+    def __call__(self, x: Tensor, expert_ids: Tensor, expert_weights: Tensor) -> Tensor:
+        """x [T, M], expert_ids int32 [T, k], expert_weights float32 [T, k] -> [T, M]; summed over k in the given order.
+
+        An id of -1 is skipped (expert-parallel ranks).
+        """
+
+
+@dataclass(frozen=True, slots=True)
+class RouteSpec:
+    """How router logits become experts and weights.
+
+    scoring: 'softmax' or 'sigmoid'. renormalize: divide the chosen weights by their sum. num_groups / top_groups: group-limited
+    routing (DeepSeek-V2 section 2.1.2): only the experts of the best groups can be chosen, a group scoring as its best expert.
+    """
+
+    num_experts: int
+    top_k: int
+    scoring: str = "softmax"
+    renormalize: bool = True
+    num_groups: int = 1
+    top_groups: int = 1
+    scale: float = 1.0
+
+
+@dataclass(frozen=True, slots=True)
+class AttentionSpec:
+    """Paged attention of one layer group.
+
+    rotary_dim: leading channels of each head that are rotated; interleaved: pairs are (2i, 2i+1) instead of (i, i + rotary_dim / 2).
+    qk_norm_eps: epsilon of the per-head RMSNorm on q and k before rotation, None for none.
+    """
+
+    num_heads: int
+    kv: KVGroupSpec
+    scale: float
+    rotary_dim: int
+    interleaved: bool = False
+    qk_norm_eps: float | None = None
+
+
+class PagedAttention(Protocol):
+    """Attention over blocks laid out as core/kv_spec says. One object per layer group and worker."""
+
+    spec: AttentionSpec
+
+    def plan(
+        self, query_start_loc: Tensor, seq_lens: Tensor, block_table: Tensor, num_requests: int, num_tokens: int
+    ) -> Any:
+        """A handle for `write` and `run`, valid while the tensors live: work items for the team. Once a step."""
+
+    def write(
+        self,
+        layer_offset: int,
+        qkv: Tensor,
+        positions: Tensor,
+        cos_sin: Tensor,
+        handle: Any,
+        q_norm: Tensor | None = None,
+        k_norm: Tensor | None = None,
+    ) -> None:
+        """qkv [T, (H + 2K) * D]: normalize (optional) and rotate q in place and k; store k and v of the T new tokens.
+
+        positions int32 [T]; cos_sin float32 [P, rotary_dim]: cos in the first half, sin in the second. layer_offset: bytes
+        of the layer inside a block (KVGroupSpec.layer_offset).
+        """
+
+    def run(self, layer_offset: int, qkv: Tensor, out: Tensor, handle: Any) -> Tensor:
+        """Causal attention of the rotated q in qkv over the stored context -> out [T, H * D]."""
+
+
+class LatentAttention(Protocol):
+    """MLA over a latent cache (DeepSeek-V2 section 2.1): keys are the latent and a shared rotated part, values the latent itself."""
+
+    spec: AttentionSpec
+
+    def plan(
+        self, query_start_loc: Tensor, seq_lens: Tensor, block_table: Tensor, num_requests: int, num_tokens: int
+    ) -> Any: ...
+
+    def write(self, layer_offset: int, latent: Tensor, handle: Any) -> None:
+        """latent [T, head_dim]: normalized latent followed by the rotated shared key."""
+
+    def run(self, layer_offset: int, q: Tensor, out: Tensor, handle: Any) -> Tensor:
+        """q [T, H, head_dim] (absorbed and rotated) -> out [T, H, v_head_dim]."""
+
+
+@dataclass(slots=True)
+class SamplingRows:
+    """Parameters of R rows as arrays: float32 temperature (0 = greedy), top_p, min_p; int32 top_k (0 = all); int64 seed, position."""
+
+    temperature: Tensor
+    top_k: Tensor
+    top_p: Tensor
+    min_p: Tensor
+    seed: Tensor
+    position: Tensor
+
+
+class Ops(Protocol):
+    """The operators of one device, chosen once (`dispatch.select_ops`). Functional ones are plain methods."""
+
+    name: str
+
+    def linear(self, spec: LinearSpec) -> Linear: ...
+    def experts(self, spec: ExpertsSpec) -> Experts: ...
+    def paged_attention(self, spec: AttentionSpec, arena: Tensor) -> PagedAttention:
+        """arena: the KV arena as uint8 [bytes]; block entries count 256-byte units from its start."""
+
+    def latent_attention(self, spec: AttentionSpec, arena: Tensor) -> LatentAttention: ...
+
+    def rms_norm(self, x: Tensor, weight: Tensor, eps: float, out: Tensor | None = None) -> Tensor:
+        """x [T, M] (rows may be strided), weight float32 [M] -> [T, M]: x / sqrt(mean(x^2) + eps) * weight."""
+
+    def add_rms_norm(self, x: Tensor, residual: Tensor, weight: Tensor, eps: float) -> Tensor:
+        """residual += x in place; returns rms_norm(residual)."""
+
+    def silu_mul(self, x: Tensor, out: Tensor | None = None) -> Tensor:
+        """x [T, 2F] -> silu(x[:, :F]) * x[:, F:]."""
+
+    def rotate(self, x: Tensor, positions: Tensor, cos_sin: Tensor, interleaved: bool) -> None:
+        """Rotate x [T, heads, rotary_dim] in place (rows and heads may be strided)."""
+
+    def route(self, logits: Tensor, spec: RouteSpec) -> tuple[Tensor, Tensor]:
+        """logits [T, E] -> expert ids int32 [T, k] (best first; ties to the lower id), weights float32 [T, k]."""
+
+    def sample(self, logits: Tensor, rows: SamplingRows) -> Tensor:
+        """logits float32 [R, V] -> token ids int32 [R].
+
+        Greedy: the largest, ties to the lower id. Else: divide by temperature, keep the top_k largest, then the smallest set of the largest whose
+        probability reaches top_p, then those with p >= min_p * p_max; u = uniform(seed, position); the token is the first, in id order,
+        whose cumulative kept mass exceeds u * total.
+        """
+
+    def logprobs(self, logits: Tensor, token_ids: Tensor, top_n: int) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+        """log-softmax of R rows: (logprob of token_ids [R], its rank int32 [R] from 1, top ids int32 [R, n], top logprobs [R, n])."""
