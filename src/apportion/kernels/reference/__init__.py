@@ -1,0 +1,16 @@
+"""Plain torch: the oracle that every kernel is held to, and the complete fallback of an install without a compiler."""
+
+from typing import Any
+
+from apportion.kernels.dispatch import Capability, Implementation
+
+
+def _make(team: Any) -> Any:
+    from apportion.kernels.reference.ops import ReferenceOps
+
+    return ReferenceOps()
+
+
+def implementations() -> list[Implementation]:
+    capability = Capability(device="cpu", limits=("float32 copies of 16-bit weights are made at every call",))
+    return [Implementation(name="reference", rank=0, capability=capability, make=_make)]
