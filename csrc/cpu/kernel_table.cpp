@@ -1,0 +1,13 @@
+#include "kernel_table.h"
+
+#define APPORTION_STRINGIFY_(x) #x
+#define APPORTION_STRINGIFY(x) APPORTION_STRINGIFY_(x)
+
+namespace apportion::APPORTION_ISA {
+
+extern const KernelTable table;
+const KernelTable table = {
+    .isa = APPORTION_STRINGIFY(APPORTION_ISA) + 4,  // without "isa_"
+};
+
+}  // namespace apportion::APPORTION_ISA

@@ -1,0 +1,14 @@
+// The function pointers of one instruction set. Each kernel file declares its own group of them beside its arguments
+// (linear.h, elementwise.h, ...) and defines the group once per set; kernel_table.cpp gathers the groups.
+#pragma once
+
+namespace apportion {
+
+struct KernelTable {
+  const char* isa;
+};
+
+// The table chosen for this process (isa.cpp).
+const KernelTable& kernels();
+
+}  // namespace apportion

@@ -1,0 +1,44 @@
+// The Python module `apportion.kernels.cpu._cpu`. Tensors come in as addresses (data_ptr() integers) and strides in elements:
+// the Python classes check shapes and dtypes once. Every entry that computes releases the GIL.
+#include <nanobind/nanobind.h>
+#include <nanobind/stl/string.h>
+#include <nanobind/stl/vector.h>
+
+#include "isa.h"
+#include "thread_team.h"
+
+namespace nb = nanobind;
+using namespace nb::literals;
+
+namespace apportion {
+
+// One function per kernel file; each binds its own entries.
+
+static nb::dict features() {
+  nb::dict sets;
+  for (const IsaState& state : isa_states()) {
+    nb::dict entry;
+    entry["available"] = state.available;
+    entry["reason"] = state.reason;
+    sets[state.name.c_str()] = entry;
+  }
+  nb::dict out;
+  out["isa"] = selected_isa();
+  out["sets"] = sets;
+  return out;
+}
+
+}  // namespace apportion
+
+NB_MODULE(_cpu, m) {
+  using namespace apportion;
+  select_isa("");
+
+  m.def("features", &features, "{'isa': chosen instruction set, 'sets': {name: {'available', 'reason'}}}");
+  m.def("select_isa", &select_isa, "name"_a, "Pin the instruction set for objects made from now on; '' takes the fastest available.");
+
+  nb::class_<ThreadTeam>(m, "ThreadTeam", "A team of persistent threads; the caller is thread 0.")
+      .def(nb::init<int, std::vector<int>>(), "num_threads"_a, "cores"_a = std::vector<int>{})
+      .def_prop_ro("num_threads", &ThreadTeam::num_threads)
+      .def_prop_ro("cores", &ThreadTeam::cores);
+}

@@ -1,0 +1,149 @@
+#include "thread_team.h"
+
+#include <bit>
+#include <chrono>
+#include <cstdlib>
+#include <new>
+#include <stdexcept>
+#include <string>
+
+#if defined(__linux__)
+#include <linux/futex.h>
+#include <pthread.h>
+#include <sched.h>
+#include <sys/syscall.h>
+#include <unistd.h>
+#endif
+
+namespace apportion {
+
+namespace {
+
+inline void relax() {
+#if defined(__x86_64__)
+  __builtin_ia32_pause();
+#elif defined(__aarch64__)
+  asm volatile("yield");
+#endif
+}
+
+// The upper half of state_ (the generation) as a 32-bit word to sleep on.
+uint32_t* futex_word(std::atomic<uint64_t>& state) { return reinterpret_cast<uint32_t*>(&state) + (std::endian::native == std::endian::little ? 1 : 0); }
+
+void futex_sleep(std::atomic<uint64_t>& state, uint32_t expected) {
+#if defined(__linux__)
+  syscall(SYS_futex, futex_word(state), FUTEX_WAIT_PRIVATE, expected, nullptr, nullptr, 0);
+#else
+  if (uint32_t(state.load() >> 32) == expected) std::this_thread::sleep_for(std::chrono::microseconds(50));
+#endif
+}
+
+void futex_wake_all(std::atomic<uint64_t>& state) {
+#if defined(__linux__)
+  syscall(SYS_futex, futex_word(state), FUTEX_WAKE_PRIVATE, INT32_MAX, nullptr, nullptr, 0);
+#else
+  (void)state;
+#endif
+}
+
+bool pin(int core) {
+#if defined(__linux__)
+  cpu_set_t set;
+  CPU_ZERO(&set);
+  CPU_SET(core, &set);
+  return pthread_setaffinity_np(pthread_self(), sizeof(set), &set) == 0;
+#else
+  (void)core;
+  return true;
+#endif
+}
+
+}  // namespace
+
+std::byte* ThreadTeam::Scratch::grow(size_t bytes) {
+  std::free(data);
+  capacity = (bytes + bytes / 2 + 4095) / 4096 * 4096;
+  data = static_cast<std::byte*>(std::aligned_alloc(4096, capacity));
+  if (data == nullptr) {
+    capacity = 0;
+    throw std::bad_alloc();
+  }
+  return data;
+}
+
+ThreadTeam::Scratch::~Scratch() { std::free(data); }
+
+ThreadTeam::ThreadTeam(int num_threads, std::vector<int> cores) : num_threads_(num_threads), cores_(std::move(cores)), local_(num_threads > 0 ? num_threads : 0) {
+  if (num_threads < 1) throw std::invalid_argument("num_threads is " + std::to_string(num_threads) + "; a team needs at least 1.");
+  if (!cores_.empty() && int(cores_.size()) < num_threads)
+    throw std::invalid_argument("a team of " + std::to_string(num_threads) + " threads got only " + std::to_string(cores_.size()) + " cores.");
+  for (int thread = 1; thread < num_threads; ++thread) workers_.emplace_back([this, thread] { worker(thread); });
+}
+
+ThreadTeam::~ThreadTeam() {
+  stop_.store(true, std::memory_order_release);
+  state_.fetch_add(uint64_t(1) << 32, std::memory_order_seq_cst);
+  futex_wake_all(state_);
+  for (std::thread& thread : workers_) thread.join();
+}
+
+void ThreadTeam::take_items(int thread) {
+  const int64_t num_items = num_items_;
+  for (int64_t item; (item = next_.fetch_add(1, std::memory_order_relaxed)) < num_items;) work_(context_, item, thread);
+}
+
+void ThreadTeam::run(int64_t num_items, Work work, void* context) {
+  if (num_items <= 0) return;
+  std::lock_guard<std::mutex> one_at_a_time(caller_);
+  if (num_items == 1 || num_threads_ == 1) {
+    for (int64_t item = 0; item < num_items; ++item) work(context, item, 0);
+    return;
+  }
+  work_ = work;
+  context_ = context;
+  num_items_ = num_items;
+  next_.store(0, std::memory_order_relaxed);
+  const uint64_t generation = (state_.load(std::memory_order_relaxed) >> 32) + 1;
+  // Sequentially consistent with `sleeping_`: either the worker sees this generation before it sleeps or we see it sleeping.
+  state_.store(generation << 32 | OPEN, std::memory_order_seq_cst);
+  if (sleeping_.load(std::memory_order_seq_cst) > 0) futex_wake_all(state_);
+  take_items(0);
+  uint64_t inside = state_.fetch_and(~OPEN, std::memory_order_acq_rel) & (OPEN - 1);
+  for (int spins = 0; inside != 0; inside = state_.load(std::memory_order_acquire) & (OPEN - 1)) {
+    if (++spins < 10000) relax();
+    else sched_yield();  // the worker is inside an item but has lost its core
+  }
+}
+
+// Returns when the generation is no longer `seen`.
+bool ThreadTeam::wait_for_work(uint32_t seen) {
+  const auto moved = [&] { return uint32_t(state_.load(std::memory_order_acquire) >> 32) != seen; };
+  const auto start = std::chrono::steady_clock::now();
+  do {
+    for (int i = 0; i < 64; ++i) {
+      if (moved()) return !stop_.load(std::memory_order_acquire);
+      relax();
+    }
+  } while (std::chrono::steady_clock::now() - start < std::chrono::microseconds(SPIN_US));
+  sleeping_.fetch_add(1, std::memory_order_seq_cst);
+  while (uint32_t(state_.load(std::memory_order_seq_cst) >> 32) == seen) futex_sleep(state_, seen);
+  sleeping_.fetch_sub(1, std::memory_order_relaxed);
+  return !stop_.load(std::memory_order_acquire);
+}
+
+void ThreadTeam::worker(int thread) {
+  if (!cores_.empty()) pin(cores_[thread]);
+  uint32_t seen = 0;
+  while (wait_for_work(seen)) {
+    uint64_t state = state_.load(std::memory_order_acquire);
+    bool entered = false;
+    while ((state & OPEN) && !(entered = state_.compare_exchange_weak(state, state + 1, std::memory_order_acq_rel))) {
+    }
+    seen = uint32_t(state >> 32);
+    if (!entered) continue;
+    take_items(thread);
+    state_.fetch_sub(1, std::memory_order_release);
+  }
+}
+
+}  // namespace apportion

@@ -1,0 +1,78 @@
+// A team of persistent threads that shares out the items of one piece of work after another.
+#pragma once
+#include <atomic>
+#include <cstddef>
+#include <cstdint>
+#include <mutex>
+#include <thread>
+#include <vector>
+
+namespace apportion {
+
+// The caller of run() is thread 0 and works too. Items are handed out by an atomic counter, so any item may run on any thread:
+// work must write results that do not depend on who did it. Several teams may live in one process, one per lane; a team runs
+// one piece of work at a time (a second caller waits). An idle worker spins for `SPIN_US`, so that the gaps between the
+// operators of one step do not put it to sleep, then sleeps on a futex. A worker that wakes late does not hold the caller up: the
+// caller waits only for those that took part.
+class ThreadTeam {
+ public:
+  using Work = void (*)(void* context, int64_t item, int thread);
+  static constexpr int SPIN_US = 50;
+
+  // cores: where to pin thread 1, 2, ... and, at index 0, thread 0 (the constructing thread is left alone: its owner pins it).
+  // Empty pins nobody.
+  explicit ThreadTeam(int num_threads, std::vector<int> cores = {});
+  ~ThreadTeam();
+  ThreadTeam(const ThreadTeam&) = delete;
+  ThreadTeam& operator=(const ThreadTeam&) = delete;
+
+  int num_threads() const { return num_threads_; }
+  const std::vector<int>& cores() const { return cores_; }
+
+  // Call work(context, item, thread) for every item of [0, num_items); returns when all are done. Work must not throw.
+  void run(int64_t num_items, Work work, void* context);
+
+  template <typename F>
+  void run(int64_t num_items, F&& f) {
+    using Function = std::remove_reference_t<F>;
+    run(num_items, [](void* context, int64_t item, int thread) { (*static_cast<Function*>(context))(item, thread); },
+        const_cast<void*>(static_cast<const void*>(&f)));
+  }
+
+  // Memory of the team, 64-byte aligned, kept between calls and grown as needed; its content is lost when it grows. `shared`
+  // belongs to the caller of run (call it before run, not inside an item); `local` to one thread inside an item.
+  std::byte* shared(size_t bytes) { return shared_.get(bytes); }
+  std::byte* local(int thread, size_t bytes) { return local_[thread].get(bytes); }
+
+ private:
+  struct alignas(64) Scratch {
+    std::byte* data = nullptr;
+    size_t capacity = 0;
+    std::byte* get(size_t bytes) { return bytes <= capacity ? data : grow(bytes); }
+    std::byte* grow(size_t bytes);
+    ~Scratch();
+  };
+
+  void worker(int thread);
+  void take_items(int thread);
+  bool wait_for_work(uint32_t seen);
+
+  // state_ = generation << 32 | OPEN | threads inside. A worker enters by a compare-and-swap that succeeds only while the
+  // generation is open; the caller closes it when the counter has run out and waits for those inside to leave.
+  static constexpr uint64_t OPEN = uint64_t(1) << 31;
+  alignas(64) std::atomic<uint64_t> state_{0};
+  alignas(64) std::atomic<int64_t> next_{0};
+  alignas(64) std::atomic<int> sleeping_{0};
+  alignas(64) int64_t num_items_ = 0;
+  Work work_ = nullptr;
+  void* context_ = nullptr;
+  std::atomic<bool> stop_{false};
+  int num_threads_;
+  std::vector<int> cores_;
+  std::mutex caller_;
+  Scratch shared_;
+  std::vector<Scratch> local_;
+  std::vector<std::thread> workers_;
+};
+
+}  // namespace apportion
