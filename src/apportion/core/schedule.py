@@ -3,10 +3,16 @@
 A step is a token count per request; there is no prefill flag. `SchedulerOutput` is a delta: a request is described in full
 when a lane sees it for the first time (or again, after a move, a preemption or a replay), and by what changed afterwards.
 Logits never cross: sampling happens in the worker.
+
+A worker does, in this order: forget `finished_ids`; take in `new_requests` (one with a known id replaces it) and `cached_requests`;
+run `kv_ops`; compute. A row of n tokens stands at positions num_computed_tokens .. num_computed_tokens + n - 1. It samples exactly when
+the row reaches the last token the worker knows of the request (its own samples count: with two steps in flight the second reads the
+first one's sample, which the scheduler has not seen). A step may carry no rows, only `kv_ops`.
 """
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 from enum import StrEnum
 
@@ -34,13 +40,15 @@ class NewRequest:
 class CachedRequest:
     """What changed in a request that the lane already knows.
 
+    num_computed_tokens: where this step's row starts; steps still in flight are counted as done.
     new_token_ids: tokens sampled elsewhere that this lane has not seen (empty in the usual case: the lane sampled them).
-    new_blocks: per layer group, entries appended to the table. freed_blocks: per group, how many leading entries are dead.
+    new_blocks: per layer group, entries appended to the table; () when none was. freed_blocks: per group, how many leading entries
+    are dead by now, all told; () when that did not change.
     """
 
     request_id: str
     num_computed_tokens: int
-    new_token_ids: list[int] = field(default_factory=list)
+    new_token_ids: Sequence[int] = ()
     new_blocks: tuple[list[int], ...] = ()
     freed_blocks: tuple[int, ...] = ()
 
