@@ -1,13 +1,26 @@
-"""The shapes of a model, read from its Hugging Face config.json: the one source for memory plan, KV bytes, loader and simulator."""
+"""The shapes of a model: the one source for memory plan, KV bytes, loader and simulator. No torch, no files.
+
+core/hf_config reads them from a Hugging Face config.json.
+"""
 
 from __future__ import annotations
 
-from dataclasses import dataclass, field
+from collections.abc import Mapping
+from dataclasses import asdict, dataclass, field
+from typing import Any
+
+from apportion.core.config import DTYPES
+from apportion.core.errors import InvalidParameter
+from apportion.core.kv_spec import KVGroupSpec, kv_format
 
 
 @dataclass(frozen=True, slots=True)
 class RopeSpec:
-    """Rotary position embedding. scaling: 'default', 'linear', 'dynamic', 'yarn', 'llama3'; parameters: its own numbers, by HF name."""
+    """Rotary position embedding.
+
+    rotary_dim: leading channels of a head that are rotated. interleaved: pairs are (2i, 2i+1) instead of (i, i + rotary_dim / 2).
+    scaling: 'default', 'linear', 'dynamic', 'yarn' or 'llama3'; parameters: its own numbers, by their Hugging Face names.
+    """
 
     theta: float = 10000.0
     rotary_dim: int = 0
@@ -18,7 +31,10 @@ class RopeSpec:
 
 @dataclass(frozen=True, slots=True)
 class MoeSpec:
-    """A mixture layer. layers: model layer indices that are mixtures; the others are dense."""
+    """A mixture layer. layers: model layer indices that are mixtures; the others are dense.
+
+    ffn: width of one routed expert; shared_ffn: width of all `num_shared` shared experts together.
+    """
 
     num_experts: int
     top_k: int
@@ -47,7 +63,11 @@ class LatentSpec:
 
 @dataclass(frozen=True, slots=True)
 class ModelSpec:
-    """One decoder. windows: per layer, the sliding window in tokens or None."""
+    """One decoder.
+
+    max_position: the longest context it is made for, rope scaling included. dtype: of the checkpoint. tied: the output projection is the
+    embedding table. windows: per layer, the sliding window in tokens (itself included) or None.
+    """
 
     architecture: str
     num_layers: int
@@ -71,3 +91,111 @@ class ModelSpec:
     latent: LatentSpec | None = None
     eos_token_ids: tuple[int, ...] = ()
     bos_token_id: int | None = None
+
+    @classmethod
+    def from_hf(cls, config: Mapping[str, Any]) -> ModelSpec:
+        """The spec of a config.json, old or new style.
+
+        Errors: Unsupported for an architecture, rope type or activation that is not known; CheckpointError for a field that is missing or
+        makes no sense.
+        """
+        from apportion.core.hf_config import read_spec
+
+        return read_spec(config)
+
+    def as_dict(self) -> dict[str, Any]:
+        """Plain data for JSON; `from_dict` reads it back."""
+        return asdict(self)
+
+    @classmethod
+    def from_dict(cls, data: Mapping[str, Any]) -> ModelSpec:
+        fields = dict(data)
+        fields["rope"] = RopeSpec(**fields["rope"])
+        if fields["moe"] is not None:
+            fields["moe"] = MoeSpec(**(fields["moe"] | {"layers": tuple(fields["moe"]["layers"])}))
+        if fields["latent"] is not None:
+            fields["latent"] = LatentSpec(**fields["latent"])
+        fields["windows"] = tuple(fields["windows"])
+        fields["eos_token_ids"] = tuple(fields["eos_token_ids"])
+        return cls(**fields)
+
+    def kv_groups(self, kv_dtype: str, block_size: int, tp_size: int = 1) -> tuple[KVGroupSpec, ...]:
+        """Layers that share a window, as one rank stores them; in the order of their first layers. kv_dtype 'auto': the model's dtype."""
+        kv = kv_format(self.dtype if kv_dtype == "auto" else kv_dtype)
+        num_kv_heads = self.kv_heads_per_rank(tp_size)
+        head_dim, v_head_dim = self.head_dim, self.head_dim
+        if self.latent is not None:  # every rank keeps the whole latent: all heads read it
+            num_kv_heads, head_dim, v_head_dim = 1, self.latent.kv_lora_rank + self.latent.qk_rope_dim, self.latent.kv_lora_rank
+        return tuple(
+            KVGroupSpec(
+                layers=tuple(i for i, w in enumerate(self.windows) if w == window),
+                num_kv_heads=num_kv_heads,
+                head_dim=head_dim,
+                v_head_dim=v_head_dim,
+                format=kv,
+                block_size=block_size,
+                sliding_window=window,
+                latent=self.latent is not None,
+            )
+            for window in dict.fromkeys(self.windows)
+        )
+
+    def heads_per_rank(self, tp_size: int) -> int:
+        if self.num_heads % tp_size:
+            raise InvalidParameter(f"tensor_parallel_size {tp_size} does not divide the {self.num_heads} attention heads")
+        return self.num_heads // tp_size
+
+    def kv_heads_per_rank(self, tp_size: int) -> int:
+        """At least one: with more ranks than KV heads, ranks share them by holding copies."""
+        self.heads_per_rank(tp_size)
+        if max(self.num_kv_heads, tp_size) % min(self.num_kv_heads, tp_size):
+            raise InvalidParameter(f"tensor_parallel_size {tp_size} and {self.num_kv_heads} KV heads: one must divide the other")
+        return max(1, self.num_kv_heads // tp_size)
+
+    def kv_bytes_per_token(self, kv_dtype: str, block_size: int, tp_size: int = 1) -> float:
+        """Bytes of all groups for one token that no window has dropped, on one rank."""
+        return sum(group.token_bytes for group in self.kv_groups(kv_dtype, block_size, tp_size))
+
+    @property
+    def num_parameters(self) -> int:
+        matrices, vectors = self._parameters()
+        return matrices + vectors
+
+    def weight_bytes(self, dtype: str = "auto", tp_size: int = 1) -> int:
+        """Bytes of packed weights on one rank, to about one percent: matrices in `dtype`, norms and biases in float32."""
+        matrices, vectors = self._parameters()
+        return matrices * DTYPES[self.dtype if dtype == "auto" else dtype] // tp_size + vectors * 4
+
+    def activation_bytes(self, num_tokens: int, num_logit_rows: int, tp_size: int = 1) -> int:
+        """Bytes of a step's largest buffers on one rank: float32, reused by every layer."""
+        width = self.head_dim * (2 * self.num_heads + 2 * self.num_kv_heads) // tp_size
+        ffn = max(self.ffn, (self.moe.top_k * self.moe.ffn + self.moe.shared_ffn) if self.moe else 0)
+        per_token = 4 * self.hidden + width + 3 * ffn // tp_size
+        return 4 * (num_tokens * per_token + 2 * num_logit_rows * self.vocab)
+
+    def _parameters(self) -> tuple[int, int]:
+        """(numbers in matrices, numbers in vectors) of the whole model."""
+        attention = self._attention_parameters()
+        dense = 3 * self.hidden * self.ffn, (2 * self.ffn + self.hidden) * self.mlp_bias
+        matrices = self.vocab * self.hidden * (1 if self.tied else 2)
+        vectors = self.hidden * (2 * self.num_layers + 1)
+        num_mixtures = 0
+        if self.moe is not None:
+            moe, num_mixtures = self.moe, len(self.moe.layers)
+            wide = moe.num_experts * moe.ffn + moe.shared_ffn
+            matrices += num_mixtures * self.hidden * (3 * wide + moe.num_experts + moe.shared_gate)
+        num_dense = self.num_layers - num_mixtures
+        matrices += self.num_layers * attention[0] + num_dense * dense[0]
+        vectors += self.num_layers * attention[1] + num_dense * dense[1]
+        return matrices, vectors
+
+    def _attention_parameters(self) -> tuple[int, int]:
+        heads, hidden = self.num_heads, self.hidden
+        if (m := self.latent) is not None:
+            q_width = heads * (m.qk_nope_dim + m.qk_rope_dim)
+            queries = m.q_lora_rank * (hidden + q_width) if m.q_lora_rank else hidden * q_width
+            latent = hidden * (m.kv_lora_rank + m.qk_rope_dim) + m.kv_lora_rank * heads * (m.qk_nope_dim + m.v_dim)
+            return queries + latent + heads * m.v_dim * hidden, m.q_lora_rank + m.kv_lora_rank
+        qkv = (heads + 2 * self.num_kv_heads) * self.head_dim
+        vectors = qkv * self.qkv_bias + hidden * self.out_bias + 2 * self.head_dim * self.qk_norm
+        return hidden * (qkv + heads * self.head_dim), vectors
