@@ -73,7 +73,11 @@ std::byte* ThreadTeam::Scratch::grow(size_t bytes) {
 
 ThreadTeam::Scratch::~Scratch() { std::free(data); }
 
-ThreadTeam::ThreadTeam(int num_threads, std::vector<int> cores) : num_threads_(num_threads), cores_(std::move(cores)), local_(num_threads > 0 ? num_threads : 0) {
+ThreadTeam::ThreadTeam(int num_threads, std::vector<int> cores)
+    : num_threads_(num_threads),
+      cores_(std::move(cores)),
+      local_(num_threads > 0 ? num_threads : 0),
+      shares_(num_threads > 0 ? num_threads : 0) {
   if (num_threads < 1) throw std::invalid_argument("num_threads is " + std::to_string(num_threads) + "; a team needs at least 1.");
   if (!cores_.empty() && int(cores_.size()) < num_threads)
     throw std::invalid_argument("a team of " + std::to_string(num_threads) + " threads got only " + std::to_string(cores_.size()) + " cores.");
@@ -88,8 +92,10 @@ ThreadTeam::~ThreadTeam() {
 }
 
 void ThreadTeam::take_items(int thread) {
-  const int64_t num_items = num_items_;
-  for (int64_t item; (item = next_.fetch_add(1, std::memory_order_relaxed)) < num_items;) work_(context_, item, thread);
+  for (int turn = 0; turn < num_threads_; ++turn) {
+    Share& share = shares_[(thread + turn) % num_threads_];
+    for (int64_t item; (item = share.next.fetch_add(1, std::memory_order_relaxed)) < share.end;) work_(context_, item, thread);
+  }
 }
 
 void ThreadTeam::run(int64_t num_items, Work work, void* context) {
@@ -101,8 +107,10 @@ void ThreadTeam::run(int64_t num_items, Work work, void* context) {
   }
   work_ = work;
   context_ = context;
-  num_items_ = num_items;
-  next_.store(0, std::memory_order_relaxed);
+  for (int thread = 0; thread < num_threads_; ++thread) {
+    shares_[thread].next.store(num_items * thread / num_threads_, std::memory_order_relaxed);
+    shares_[thread].end = num_items * (thread + 1) / num_threads_;
+  }
   const uint64_t generation = (state_.load(std::memory_order_relaxed) >> 32) + 1;
   // Sequentially consistent with `sleeping_`: either the worker sees this generation before it sleeps or we see it sleeping.
   state_.store(generation << 32 | OPEN, std::memory_order_seq_cst);

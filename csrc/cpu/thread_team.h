@@ -5,12 +5,14 @@
 #include <cstdint>
 #include <mutex>
 #include <thread>
+#include <type_traits>
 #include <vector>
 
 namespace apportion {
 
-// The caller of run() is thread 0 and works too. Items are handed out by an atomic counter, so any item may run on any thread:
-// work must write results that do not depend on who did it. Several teams may live in one process, one per lane; a team runs
+// The caller of run() is thread 0 and works too. Each thread walks its own contiguous share of the items in order (so a stream
+// of weights stays a stream, and meets the same core again in the next step), then helps with the shares of the others; every
+// share is handed out by an atomic counter, so any item may run on any thread: results must not depend on who did it. Several teams may live in one process, one per lane; a team runs
 // one piece of work at a time (a second caller waits). An idle worker spins for `SPIN_US`, so that the gaps between the
 // operators of one step do not put it to sleep, then sleeps on a futex. A worker that wakes late does not hold the caller up: the
 // caller waits only for those that took part.
@@ -58,13 +60,15 @@ class ThreadTeam {
   bool wait_for_work(uint32_t seen);
 
   // state_ = generation << 32 | OPEN | threads inside. A worker enters by a compare-and-swap that succeeds only while the
-  // generation is open; the caller closes it when the counter has run out and waits for those inside to leave.
+  // generation is open; the caller closes it when the counters have run out and waits for those inside to leave.
   static constexpr uint64_t OPEN = uint64_t(1) << 31;
   alignas(64) std::atomic<uint64_t> state_{0};
-  alignas(64) std::atomic<int64_t> next_{0};
+  struct alignas(64) Share {
+    std::atomic<int64_t> next{0};
+    int64_t end = 0;
+  };
   alignas(64) std::atomic<int> sleeping_{0};
-  alignas(64) int64_t num_items_ = 0;
-  Work work_ = nullptr;
+  alignas(64) Work work_ = nullptr;
   void* context_ = nullptr;
   std::atomic<bool> stop_{false};
   int num_threads_;
@@ -72,6 +76,7 @@ class ThreadTeam {
   std::mutex caller_;
   Scratch shared_;
   std::vector<Scratch> local_;
+  std::vector<Share> shares_;
   std::vector<std::thread> workers_;
 };
 
