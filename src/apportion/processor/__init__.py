@@ -1,0 +1,1 @@
+"""Text in, text out: tokenizer, incremental detokenizer, chat template. Knows nothing of models, batches or engines."""
