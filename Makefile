@@ -1,4 +1,41 @@
+# Each target makes its own .venv when there is none: on a fresh machine one command does everything.
 PYTHON ?= python3
+VENV := .venv
+BIN := $(VENV)/bin
+SOURCES := $(shell find src csrc -type f ! -name '*.pyc' ! -name '*.so') pyproject.toml CMakeLists.txt
+
+.PHONY: demo test lint size bench ext
+
+demo: $(VENV)/.installed
+	@$(BIN)/apportion doctor
+	@$(BIN)/python recipes/hello.py
+
+test: $(VENV)/.installed
+	$(BIN)/python -m pytest -q -n 2 --dist loadfile $(PYTEST_ARGS)
+
+lint: $(VENV)/.installed
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+	$(BIN)/mypy
+	$(BIN)/python scripts/size.py
+
+size:
+	@$(PYTHON) scripts/size.py
+
+bench: $(VENV)/.installed
+	$(BIN)/python benchmarks/run.py
+
+# The package is installed from the checkout, extension included, and again whenever a source has changed. Without build
+# isolation the build directory stays valid between runs, so that only what changed is compiled.
+$(VENV)/.tools:
+	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11) and "apportion needs Python 3.11 or newer: make PYTHON=python3.12")'
+	$(PYTHON) -m venv $(VENV)
+	$(BIN)/pip install --quiet --disable-pip-version-check 'scikit-build-core>=0.11' 'nanobind>=2.4' 'cmake>=3.25' 'ninja>=1.11'
+	@touch $@
+
+$(VENV)/.installed: $(VENV)/.tools $(SOURCES)
+	PATH="$(CURDIR)/$(BIN):$$PATH" $(BIN)/pip install --quiet --disable-pip-version-check --no-build-isolation '.[dev]'
+	@touch $@
 
 # The CPU kernels, built into src/ so that the checkout runs without being installed.
 .PHONY: ext

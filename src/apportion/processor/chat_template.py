@@ -80,7 +80,9 @@ def _plain(message: Message) -> dict[str, Any]:
     if isinstance(content, list):
         kinds = {part.get("type") for part in content if isinstance(part, Mapping)}
         if kinds - {"text"} or not all(isinstance(part, Mapping) for part in content):
-            raise InvalidRequest(f"this model takes text alone; a message has parts of type {', '.join(sorted(map(str, kinds - {'text'})))}")
+            raise InvalidRequest(
+                f"this model takes text alone; a message has parts of type {', '.join(sorted(map(str, kinds - {'text'})))}"
+            )
         return {**message, "content": "\n".join(str(part.get("text", "")) for part in content)}
     return dict(message)
 

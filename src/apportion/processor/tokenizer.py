@@ -154,7 +154,9 @@ def _convert(folder: Path) -> tokenizers.Tokenizer:
     try:
         from transformers import AutoTokenizer
     except ImportError as error:
-        raise CheckpointError(f"{folder} has no tokenizer.json, and converting older files needs: pip install transformers sentencepiece") from error
+        raise CheckpointError(
+            f"{folder} has no tokenizer.json, and converting older files needs: pip install transformers sentencepiece"
+        ) from error
     try:
         converted = AutoTokenizer.from_pretrained(str(folder), local_files_only=True)
         backend: tokenizers.Tokenizer = converted.backend_tokenizer
