@@ -1,0 +1,68 @@
+"""What a device is to the rest of the house: memory, cores to share out, and arenas that other processes can map."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Protocol
+
+from apportion.core.errors import InvalidParameter, Unsupported
+from apportion.platforms.arena import Arena
+
+
+@dataclass(frozen=True, slots=True)
+class ComputeShare:
+    """A lane's part of a device: on a CPU the cores its threads run on, disjoint from every other lane's."""
+
+    cores: tuple[int, ...]
+
+    @property
+    def num_threads(self) -> int:
+        return len(self.cores)
+
+
+class Platform(Protocol):
+    """One device. `name` is what EngineConfig.device and a kernel's capability call it."""
+
+    name: str
+
+    @property
+    def num_cores(self) -> int:
+        """Cores that this process may use, by affinity and by the quota of its control group."""
+
+    def total_memory(self) -> int:
+        """Bytes that this process could ever use."""
+
+    def free_memory(self) -> int:
+        """Bytes that can still be taken without swapping or being killed."""
+
+    def create_arena(self, nbytes: int) -> Arena:
+        """Bytes that another process can map; touched lazily."""
+
+    def compute_shares(self, num_threads: Sequence[int]) -> tuple[ComputeShare, ...]:
+        """Disjoint shares of these sizes. Errors: InvalidParameter where they exceed the cores at hand."""
+
+    def enter(self, share: ComputeShare) -> None:
+        """Keep the calling thread, and the threads that it starts from now on, inside `share`."""
+
+
+def select_platform(device: str = "auto") -> Platform:
+    """The platform called `device`; 'auto' takes the best present. Errors: Unsupported for an unknown one."""
+    from apportion.platforms.cpu import CpuPlatform
+
+    if device not in ("auto", CpuPlatform.name):
+        raise Unsupported(f"unknown device {device!r}; this build has: auto, {CpuPlatform.name}")
+    return CpuPlatform()
+
+
+def deal(cores: Sequence[int], num_threads: Sequence[int]) -> tuple[ComputeShare, ...]:
+    """Cut `cores` into consecutive shares. Errors: InvalidParameter where they do not suffice or a share is empty."""
+    if min(num_threads, default=1) < 1:
+        raise InvalidParameter(f"a lane needs at least one thread, got {min(num_threads)}")
+    if sum(num_threads) > len(cores):
+        raise InvalidParameter(f"the lanes ask for {sum(num_threads)} threads together, {len(cores)} cores can be used")
+    shares, first = [], 0
+    for count in num_threads:
+        shares.append(ComputeShare(tuple(cores[first : first + count])))
+        first += count
+    return tuple(shares)
