@@ -81,5 +81,6 @@ def test_errors_name_the_size():
         Arena.create(0)
     with pytest.raises(OutOfMemory, match=str(1 << 62)):
         Arena.create(1 << 62)
+    arena = Arena.create(4096)
     with pytest.raises(InvalidParameter, match="4096 bytes, 8192 were asked for"):
-        Arena.attach(os.dup(Arena.create(4096).fd), 8192)
+        Arena.attach(arena.fd, 8192)
