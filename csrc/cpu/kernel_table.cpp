@@ -5,9 +5,12 @@
 
 namespace apportion::APPORTION_ISA {
 
+extern const LinearKernels linear_kernels;
+
 extern const KernelTable table;
 const KernelTable table = {
     .isa = APPORTION_STRINGIFY(APPORTION_ISA) + 4,  // without "isa_"
+    .linear = &linear_kernels,
 };
 
 }  // namespace apportion::APPORTION_ISA

@@ -4,8 +4,11 @@
 
 namespace apportion {
 
+struct LinearKernels;
+
 struct KernelTable {
   const char* isa;
+  const LinearKernels* linear;
 };
 
 // The table chosen for this process (isa.cpp).

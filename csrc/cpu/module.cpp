@@ -13,6 +13,7 @@ using namespace nb::literals;
 namespace apportion {
 
 // One function per kernel file; each binds its own entries.
+void bind_linear(nb::module_& m);
 
 static nb::dict features() {
   nb::dict sets;
@@ -41,4 +42,5 @@ NB_MODULE(_cpu, m) {
       .def(nb::init<int, std::vector<int>>(), "num_threads"_a, "cores"_a = std::vector<int>{})
       .def_prop_ro("num_threads", &ThreadTeam::num_threads)
       .def_prop_ro("cores", &ThreadTeam::cores);
+  bind_linear(m);
 }

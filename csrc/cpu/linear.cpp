@@ -1,0 +1,173 @@
+// Linears over packed panels, packing, and the gather of rows: work items for the team. See linear.h for the layout.
+#include "linear.h"
+
+#include "kernel_table.h"
+#include "panel_tiles.h"
+
+namespace apportion::APPORTION_ISA {
+
+namespace {
+
+constexpr int64_t INLINE_WORK = 1 << 15;  // multiply-adds (or elements moved) below which waking the team costs more than it brings
+
+template <typename F>
+inline void share(ThreadTeam& team, int64_t num_items, int64_t work, F&& f) {
+  if (work <= INLINE_WORK)
+    for (int64_t item = 0; item < num_items; ++item) f(item, 0);
+  else
+    team.run(num_items, f);
+}
+
+// ---- multiply ---------------------------------------------------------------------------------------------------------------
+
+constexpr size_t SCRATCH_BYTES = K_BLOCK * PANEL * sizeof(float);
+
+// Rows of x that stay in L2 while all panels pass over them.
+int64_t rows_at_a_time(int64_t rows, int64_t C) {
+  const int64_t fit = larger(BLOCK_ROWS * 4, (int64_t(1) << 18) / C / BLOCK_ROWS * BLOCK_ROWS);
+  return smaller(rows, fit);
+}
+
+void multiply_vectors(ThreadTeam& team, const PackedMatrix& w, const float* x, int64_t x_stride, float* y, int64_t y_stride, int64_t rows) {
+  const auto panel = w.dtype == DType::FP32   ? multiply_panel_vectors<Fp32>
+                     : w.dtype == DType::BF16 ? multiply_panel_vectors<Bf16>
+                                              : multiply_panel_vectors<Fp16>;
+  const int64_t chunk = rows_at_a_time(rows, w.C);
+  for (int64_t row = 0; row < rows; row += chunk) {
+    const int64_t n = smaller(chunk, rows - row);
+    share(team, w.num_panels(), n * w.N * w.C, [&](int64_t p, int thread) {
+      panel(w.panel(p), w.C, w.bias ? w.bias + p * PANEL : nullptr, x + row * x_stride, x_stride, n, y + row * y_stride + p * PANEL, y_stride,
+            w.columns(p), reinterpret_cast<float*>(team.local(thread, SCRATCH_BYTES)));
+    });
+  }
+}
+
+#if defined(__AMX_BF16__)
+constexpr int64_t TILE_CHUNK_ROWS = 512, TILE_CHUNK_K = 1024;  // 1 MiB of bf16 rows stays in L2 while the panels pass
+
+void multiply_tiles(ThreadTeam& team, const PackedMatrix& w, const float* x, int64_t x_stride, float* y, int64_t y_stride, int64_t rows) {
+  const int64_t C = padded(w.C), num_panels = w.num_panels();
+  for (int64_t row = 0; row < rows; row += TILE_CHUNK_ROWS) {
+    const int64_t n = smaller(TILE_CHUNK_ROWS, rows - row);
+    uint16_t* tiles = reinterpret_cast<uint16_t*>(team.shared(tile_copy_bytes(n, w.C)));
+    const float* x_rows = x + row * x_stride;
+    share(team, ceil_div(n, TILE_ROWS), n * w.C, [&](int64_t block, int) { copy_tile_block(x_rows, x_stride, n, w.C, block, tiles); });
+    const int64_t k_chunk = n <= 2 * TILE_ROWS ? C : TILE_CHUNK_K;
+    for (int64_t k = 0; k < C; k += k_chunk) {
+      const int64_t k_count = smaller(k_chunk, C - k);
+      share(team, num_panels, n * w.N * k_count, [&](int64_t p, int thread) {
+        const std::byte* next = w.panel(p + 1 < num_panels ? p + 1 : p) + k * PANEL * 2;
+        multiply_panel_tiles(w.panel(p), next, w.C, k, k_count, w.bias ? w.bias + p * PANEL : nullptr, tiles, n,
+                             y + row * y_stride + p * PANEL, y_stride, w.columns(p), reinterpret_cast<float*>(team.local(thread, SCRATCH_BYTES)));
+      });
+    }
+  }
+}
+#endif
+
+void multiply(ThreadTeam& team, const PackedMatrix& w, const float* x, int64_t x_stride, float* y, int64_t y_stride, int64_t rows) {
+#if defined(__AMX_BF16__)
+  if (uses_tiles(w.dtype)) return multiply_tiles(team, w, x, x_stride, y, y_stride, rows);
+#endif
+  multiply_vectors(team, w, x, x_stride, y, y_stride, rows);
+}
+
+// ---- pack -------------------------------------------------------------------------------------------------------------------
+
+struct HalfBits {
+  uint16_t bits;
+};
+struct BrainBits {
+  uint16_t bits;
+};
+
+APPORTION_INLINE float widen(float a) { return a; }
+APPORTION_INLINE float widen(HalfBits a) { return fp16_to_float(a.bits); }
+APPORTION_INLINE float widen(BrainBits a) { return bf16_to_float(a.bits); }
+APPORTION_INLINE void narrow_to(float a, float& out) { out = a; }
+APPORTION_INLINE void narrow_to(float a, HalfBits& out) { out.bits = float_to_fp16(a); }
+APPORTION_INLINE void narrow_to(float a, BrainBits& out) { out.bits = float_to_bf16(a); }
+
+// n elements of one row, then zeros up to `total`.
+template <typename From, typename To>
+inline void convert_row(const void* from, int64_t n, int64_t total, void* to) {
+  const From* source = static_cast<const From*>(from);
+  To* target = static_cast<To*>(to);
+  if constexpr (std::is_same_v<From, To>)
+    std::memcpy(target, source, size_t(n) * sizeof(To));
+  else
+    for (int64_t i = 0; i < n; ++i) narrow_to(widen(source[i]), target[i]);
+  std::memset(static_cast<void*>(target + n), 0, size_t(total - n) * sizeof(To));
+}
+
+using ConvertRow = void (*)(const void*, int64_t, int64_t, void*);
+
+ConvertRow converter(DType from, DType to) {
+  static constexpr ConvertRow table[3][3] = {
+      {convert_row<float, float>, convert_row<float, BrainBits>, convert_row<float, HalfBits>},
+      {convert_row<BrainBits, float>, convert_row<BrainBits, BrainBits>, convert_row<BrainBits, HalfBits>},
+      {convert_row<HalfBits, float>, convert_row<HalfBits, BrainBits>, convert_row<HalfBits, HalfBits>},
+  };
+  return table[int(from)][int(to)];
+}
+
+// Columns begin .. end of one panel from rows of `source`; columns past `count` rows are zeroed. The rows go through a buffer
+// of 64 words each: read contiguously there, turned over from there, so that 32 row strides never compete for one cache set.
+void pack_columns(std::byte* panel, DType dtype, int64_t C, const std::byte* source, DType source_dtype, int64_t stride, int begin, int end,
+                  int64_t count) {
+  constexpr int WORDS = 64, ROW = WORDS + 16;
+  alignas(64) uint32_t buffer[PANEL * ROW];
+  const ConvertRow convert = converter(source_dtype, dtype);
+  const int64_t per_word = 4 / element_bytes(dtype), words = padded(C) / per_word;
+  uint32_t* out = reinterpret_cast<uint32_t*>(panel);
+  for (int64_t word = 0; word < words; word += WORDS) {
+    const int64_t n = smaller(WORDS, words - word), k = word * per_word;
+    const int64_t present = larger(0, smaller(n * per_word, C - k));
+    for (int column = begin; column < end; ++column) {
+      const int64_t row = column - begin;
+      convert(source + (row < count ? row * stride + k : 0) * element_bytes(source_dtype), row < count ? present : 0, n * per_word,
+              buffer + column * ROW);
+    }
+    for (int64_t i = 0; i < n; ++i)
+      for (int column = begin; column < end; ++column) out[(word + i) * PANEL + column] = buffer[column * ROW + i];
+  }
+}
+
+void pack(ThreadTeam& team, const PackedMatrix& w, const void* source, DType source_dtype, int64_t stride, int64_t first, int64_t count) {
+  if (count <= 0) return;
+  const int64_t last = first + count == w.N ? padded(w.N) : first + count;  // the last rows bring the padding with them
+  const int64_t begin_panel = first / PANEL, end_panel = ceil_div(last, PANEL);
+  share(team, end_panel - begin_panel, count * w.C, [&](int64_t item, int) {
+    const int64_t p = begin_panel + item, begin = larger(first, p * PANEL), end = smaller(last, (p + 1) * PANEL);
+    const std::byte* rows = static_cast<const std::byte*>(source) + (begin - first) * stride * element_bytes(source_dtype);
+    pack_columns(w.panels + p * w.panel_bytes(), w.dtype, w.C, rows, source_dtype, stride, int(begin - p * PANEL), int(end - p * PANEL),
+                 first + count - begin);
+  });
+}
+
+// ---- gather -----------------------------------------------------------------------------------------------------------------
+
+void gather(ThreadTeam& team, const PackedMatrix& w, const int32_t* ids, int64_t count, float* out) {
+  share(team, count, count * w.C, [&](int64_t i, int) {
+    const std::byte* column = w.panel(ids[i] / PANEL) + ids[i] % PANEL * 4;
+    float* row = out + i * w.C;
+    if (w.dtype == DType::FP32) {
+      for (int64_t k = 0; k < w.C; ++k) std::memcpy(row + k, column + k * PANEL * 4, 4);
+      return;
+    }
+    const bool brain = w.dtype == DType::BF16;
+    for (int64_t k = 0; k < w.C; k += 2) {
+      uint16_t pair[2];
+      std::memcpy(pair, column + k / 2 * PANEL * 4, 4);
+      row[k] = brain ? bf16_to_float(pair[0]) : fp16_to_float(pair[0]);
+      if (k + 1 < w.C) row[k + 1] = brain ? bf16_to_float(pair[1]) : fp16_to_float(pair[1]);
+    }
+  });
+}
+
+}  // namespace
+
+extern const LinearKernels linear_kernels;
+const LinearKernels linear_kernels = {.multiply = multiply, .pack = pack, .gather = gather};
+
+}  // namespace apportion::APPORTION_ISA

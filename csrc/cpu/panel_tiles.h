@@ -1,0 +1,166 @@
+// One bf16 panel times many rows in matrix tiles (AMX). The rows are rounded to bf16 once, into blocks of 16 rows:
+// [C / 32][rows of the block][32], so that each tile is contiguous.
+#pragma once
+#include "panel.h"
+
+#if defined(__AMX_BF16__)
+namespace apportion::APPORTION_ISA {
+
+constexpr int TILE_ROWS = 16;
+constexpr int TILE_K = 32;  // channels of one tile instruction
+
+// Where block b of the rows starts in the tile copy: every block but the last is full.
+APPORTION_INLINE const uint16_t* tile_block(const uint16_t* tiles, int64_t C, int64_t block) { return tiles + block * TILE_ROWS * padded(C); }
+
+APPORTION_INLINE size_t tile_copy_bytes(int64_t rows, int64_t C) { return size_t(rows * padded(C)) * sizeof(uint16_t); }
+
+// Rows of block `block` of x[rows, C] to bf16 (to nearest even; subnormals become zero, as the tile instruction treats them).
+static inline void copy_tile_block(const float* x, int64_t x_stride, int64_t rows, int64_t C, int64_t block, uint16_t* tiles) {
+  const int64_t n = smaller(TILE_ROWS, rows - block * TILE_ROWS);
+  uint16_t* out = tiles + block * TILE_ROWS * padded(C);
+  for (int64_t r = 0; r < n; ++r) {
+    const float* row = x + (block * TILE_ROWS + r) * x_stride;
+    for (int64_t k = 0; k < C; k += TILE_K) {
+      const int left = int(C - k);
+      const V low = left >= WIDTH ? load(row + k) : load_n(row + k, left);
+      const V high = left >= TILE_K ? load(row + k + WIDTH) : load_n(row + k + WIDTH, left > WIDTH ? left - WIDTH : 0);
+      const __m512bh both = _mm512_cvtne2ps_pbh(high, low);
+      _mm512_storeu_si512(out + (k / TILE_K * n + r) * TILE_K, (__m512i)both);
+    }
+  }
+}
+
+struct alignas(64) TileConfig {
+  uint8_t palette = 1, start_row = 0, reserved[14] = {};
+  uint16_t row_bytes[16] = {};
+  uint8_t rows[16] = {};
+};
+
+// Tiles 0 1 / 2 3: sums of the upper / lower 16 rows, left and right 16 columns. 4, 5: upper and lower rows of x. 6, 7: weights.
+static inline void configure_tiles(int upper, int lower) {
+  TileConfig config;
+  for (int tile = 0; tile < 8; ++tile) {
+    config.row_bytes[tile] = 64;
+    config.rows[tile] = uint8_t(tile >= 6 ? TILE_ROWS : tile == 4 || tile < 2 ? upper : lower);
+  }
+  _tile_loadconfig(&config);
+}
+
+struct TileSlice {
+  const uint16_t* upper;     // tiles of the upper 16 rows
+  const uint16_t* lower;     // of the lower rows; unused with one row block
+  int64_t upper_stride, lower_stride;  // elements from one tile to the next
+  const std::byte* weights;
+  int64_t steps;             // of 32 channels
+  float* y;
+  int64_t y_stride;
+  const float* start;        // bias [32] or null
+  bool resume;
+  const std::byte* ahead;    // what to prefetch meanwhile
+  int64_t ahead_bytes;       // per step
+};
+
+template <bool TWO>
+static inline void multiply_tiles(const TileSlice& s) {
+  const size_t stride = size_t(s.y_stride) * sizeof(float);
+  float* lower_y = s.y + TILE_ROWS * s.y_stride;
+  if (s.resume) {
+    _tile_loadd(0, s.y, stride);
+    _tile_loadd(1, s.y + 16, stride);
+    if constexpr (TWO) {
+      _tile_loadd(2, lower_y, stride);
+      _tile_loadd(3, lower_y + 16, stride);
+    }
+  } else if (s.start != nullptr) {  // a stride of zero repeats the bias in every row
+    _tile_loadd(0, s.start, 0);
+    _tile_loadd(1, s.start + 16, 0);
+    if constexpr (TWO) {
+      _tile_loadd(2, s.start, 0);
+      _tile_loadd(3, s.start + 16, 0);
+    }
+  } else {
+    _tile_zero(0);
+    _tile_zero(1);
+    if constexpr (TWO) {
+      _tile_zero(2);
+      _tile_zero(3);
+    }
+  }
+  const std::byte* weights = s.weights;
+  const std::byte* ahead = s.ahead;
+  const uint16_t *upper = s.upper, *lower = s.lower;
+  for (int64_t step = 0; step < s.steps; ++step) {
+    _tile_loadd(4, upper, 64);
+    _tile_loadd(6, weights, 128);
+    _tile_dpbf16ps(0, 4, 6);
+    _tile_loadd(7, weights + 64, 128);
+    _tile_dpbf16ps(1, 4, 7);
+    if constexpr (TWO) {
+      _tile_loadd(5, lower, 64);
+      _tile_dpbf16ps(2, 5, 6);
+      _tile_dpbf16ps(3, 5, 7);
+      lower += s.lower_stride;
+    }
+    for (int64_t i = 0; i < s.ahead_bytes; i += 64) prefetch(ahead + i);
+    ahead += s.ahead_bytes;
+    upper += s.upper_stride;
+    weights += TILE_K * PANEL * sizeof(uint16_t);
+  }
+  _tile_stored(0, s.y, stride);
+  _tile_stored(1, s.y + 16, stride);
+  if constexpr (TWO) {
+    _tile_stored(2, lower_y, stride);
+    _tile_stored(3, lower_y + 16, stride);
+  }
+}
+
+constexpr int64_t TILE_STEP_BYTES = TILE_K * PANEL * int64_t(sizeof(uint16_t));
+
+// Channels k .. k + n (n a multiple of 32) of one panel times all rows. `next`: the panel slice this thread will read next (many
+// rows: fetched during this one). `scratch`: 32 * 32 floats of this thread, for a panel with missing columns.
+static void multiply_panel_tiles(const std::byte* panel, const std::byte* next, int64_t C, int64_t k, int64_t n, const float* bias,
+                                 const uint16_t* tiles, int64_t rows, float* y, int64_t y_stride, int columns, float* scratch) {
+  asm volatile("" ::: "memory");  // tile loads are opaque to the compiler: what they read must have been written
+  const int64_t steps = n / TILE_K, pairs = ceil_div(rows, 2 * TILE_ROWS);
+  int configured = 0;
+  for (int64_t pair = 0; pair < pairs; ++pair) {
+    const int64_t row = pair * 2 * TILE_ROWS, left = smaller(rows - row, 2 * TILE_ROWS);
+    const int upper = int(smaller(left, TILE_ROWS)), lower = int(left - upper);
+    if (configured != left) configure_tiles(upper, lower > 0 ? lower : upper);
+    configured = int(left);
+    float* target = columns == PANEL ? y + row * y_stride : scratch;
+    const int64_t target_stride = columns == PANEL ? y_stride : PANEL;
+    if (k > 0 && target == scratch)
+      for (int64_t r = 0; r < left; ++r) std::memcpy(scratch + r * PANEL, y + (row + r) * y_stride, size_t(columns) * sizeof(float));
+    TileSlice slice = {
+        .upper = tile_block(tiles, C, 2 * pair) + k * upper,
+        .lower = tile_block(tiles, C, 2 * pair + 1) + k * lower,
+        .upper_stride = upper * TILE_K,
+        .lower_stride = lower * TILE_K,
+        .weights = panel + k * PANEL * 2,
+        .steps = steps,
+        .y = target,
+        .y_stride = target_stride,
+        .start = bias,
+        .resume = k > 0,
+        .ahead = nullptr,
+        .ahead_bytes = 0,
+    };
+    if (pairs == 1) {
+      slice.ahead = slice.weights + PREFETCH_BYTES;
+      slice.ahead_bytes = TILE_STEP_BYTES;
+    } else {
+      const int64_t share = ceil_div(TILE_STEP_BYTES, pairs * 64) * 64;
+      slice.ahead = next + pair * share * steps;
+      slice.ahead_bytes = pair * share < TILE_STEP_BYTES ? share : 0;
+    }
+    lower > 0 ? multiply_tiles<true>(slice) : multiply_tiles<false>(slice);
+    asm volatile("" ::: "memory");
+    if (target == scratch)
+      for (int64_t r = 0; r < left; ++r) std::memcpy(y + (row + r) * y_stride, scratch + r * PANEL, size_t(columns) * sizeof(float));
+  }
+  _tile_release();
+}
+
+}  // namespace apportion::APPORTION_ISA
+#endif
