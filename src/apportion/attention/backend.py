@@ -26,11 +26,31 @@ class AttentionMetadata:
     handle: Any = None
 
 
+@dataclass(slots=True)
+class ForwardContext:
+    """Passed down, never global. positions int32 [T]; metadata: one per layer group, in the order of the model's kv groups."""
+
+    positions_T: Tensor
+    metadata: tuple[AttentionMetadata, ...]
+
+
 class AttentionBackend(Protocol):
     """How a batch attends. One object per layer group; `plan` makes no host sync."""
 
     def plan(self, metadata: AttentionMetadata) -> AttentionMetadata:
         """Prepare `metadata` (fill `handle`) for every layer of the group."""
 
-    def run(self, layer: int, qkv_TC: Tensor, positions_T: Tensor, out_TC: Tensor, metadata: AttentionMetadata) -> Tensor:
-        """Rotate q and k, store k and v of the new tokens, attend; returns out [T, H * v_head_dim]."""
+    def run(
+        self,
+        layer: int,
+        qkv_TC: Tensor,
+        positions_T: Tensor,
+        out_TC: Tensor,
+        metadata: AttentionMetadata,
+        q_norm_D: Tensor | None = None,
+        k_norm_D: Tensor | None = None,
+    ) -> Tensor:
+        """Normalize (where the layer has per-head norms) and rotate q and k, store k and v of the new tokens, attend.
+
+        Returns out [T, H * v_head_dim]. qkv may be written to.
+        """

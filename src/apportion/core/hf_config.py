@@ -167,7 +167,7 @@ def qwen_windows(fields: Fields) -> tuple[int | None, ...]:
     window, first = fields.count("sliding_window", 4096), fields.get("max_window_layers", 28)
     kinds = fields.get("layer_types", ["full_attention"] * min(first, num_layers) + ["sliding_attention"] * (num_layers - first))
     if unknown := set(kinds) - {"full_attention", "sliding_attention"}:
-        raise Unsupported(f"unknown layer type {sorted(unknown)[0]!r}; known: full_attention, sliding_attention")
+        raise Unsupported(f"unknown layer type {min(unknown)!r}; known: full_attention, sliding_attention")
     if len(kinds) != num_layers:
         raise CheckpointError(f"config.json: layer_types names {len(kinds)} layers, num_hidden_layers is {num_layers}")
     return tuple(window if kind == "sliding_attention" else None for kind in kinds)

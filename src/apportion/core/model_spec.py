@@ -140,6 +140,12 @@ class ModelSpec:
             for window in dict.fromkeys(self.windows)
         )
 
+    @property
+    def attention_scale(self) -> float:
+        """What scores are multiplied by before the softmax."""
+        head_dim = self.head_dim if self.latent is None else self.latent.qk_nope_dim + self.latent.qk_rope_dim
+        return float(head_dim**-0.5)
+
     def heads_per_rank(self, tp_size: int) -> int:
         if self.num_heads % tp_size:
             raise InvalidParameter(f"tensor_parallel_size {tp_size} does not divide the {self.num_heads} attention heads")

@@ -195,7 +195,7 @@ class Ops(Protocol):
     def rms_norm(self, x: Tensor, weight: Tensor, eps: float, out: Tensor | None = None) -> Tensor:
         """x [T, M] (rows may be strided), weight float32 [M] -> [T, M]: x / sqrt(mean(x^2) + eps) * weight."""
 
-    def add_rms_norm(self, x: Tensor, residual: Tensor, weight: Tensor, eps: float) -> Tensor:
+    def add_rms_norm(self, x: Tensor, residual: Tensor, weight: Tensor, eps: float, out: Tensor | None = None) -> Tensor:
         """residual += x in place; returns rms_norm(residual)."""
 
     def silu_mul(self, x: Tensor, out: Tensor | None = None) -> Tensor:

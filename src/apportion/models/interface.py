@@ -2,25 +2,22 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
 from typing import Protocol
 
 from torch import Tensor
 
-from apportion.attention.backend import AttentionMetadata
-from apportion.core.model_spec import ModelSpec
+from apportion.attention.backend import ForwardContext
+from apportion.layers.site import Site
 
-
-@dataclass(slots=True)
-class ForwardContext:
-    """Passed down, never global. positions int32 [T]; metadata: one per layer group, in the order of the model's kv groups."""
-
-    positions_T: Tensor
-    metadata: tuple[AttentionMetadata, ...]
+__all__ = ["CausalLM", "ForwardContext"]
 
 
 class CausalLM(Protocol):
-    spec: ModelSpec
+    """A module tree made from a Site. One instance runs one step at a time: its results live in buffers that the next step reuses."""
+
+    site: Site
+
+    def __init__(self, site: Site) -> None: ...
 
     def forward(self, token_ids_T: Tensor, context: ForwardContext) -> Tensor:
         """token_ids int32 [T] -> hidden states [T, M], after the last norm."""

@@ -31,8 +31,8 @@ class ReferenceOps:
         y = elementwise.rms_norm(x, weight, eps)
         return y if out is None else out.copy_(y)
 
-    def add_rms_norm(self, x: Tensor, residual: Tensor, weight: Tensor, eps: float) -> Tensor:
-        return elementwise.rms_norm(residual.add_(x), weight, eps)
+    def add_rms_norm(self, x: Tensor, residual: Tensor, weight: Tensor, eps: float, out: Tensor | None = None) -> Tensor:
+        return self.rms_norm(residual.add_(x), weight, eps, out)
 
     def silu_mul(self, x: Tensor, out: Tensor | None = None) -> Tensor:
         y = elementwise.silu_mul(x)

@@ -1,0 +1,86 @@
+"""The attention of one layer: hands a step's q, k and v to the backend of the layer's group. And the binding of backends to a model."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+
+from torch import Tensor, nn
+
+from apportion.attention.backend import AttentionBackend, ForwardContext
+from apportion.attention.dense import DenseBackend
+from apportion.attention.paged import PagedBackend
+from apportion.core.errors import InternalError
+from apportion.core.kv_spec import KVGroupSpec
+from apportion.kernels.ops import AttentionSpec
+from apportion.layers.norm import RMSNorm
+from apportion.layers.rotary import cos_sin_table
+from apportion.layers.site import Site
+
+
+class Attention(nn.Module):
+    """qkv [T, (H + 2K) * D] -> [T, H * D] in the slot "attended". q_norm, k_norm: per-head norms before rotation, where the model has them."""
+
+    def __init__(self, site: Site, layer: int, q_norm: RMSNorm | None = None, k_norm: RMSNorm | None = None) -> None:
+        super().__init__()
+        self.layer = layer
+        self.width = site.spec.heads_per_rank(site.group.size) * site.spec.head_dim
+        self.q_norm, self.k_norm = q_norm, k_norm
+        self._activations = site.activations
+        self._run = _no_backend
+        self._group = 0
+
+    def bind_backend(self, backend: AttentionBackend, group: int) -> None:
+        """Attend by `backend`, with the metadata of kv group `group`."""
+        self._run, self._group = backend.run, group
+        norms = (self.q_norm, self.k_norm)
+        self._norm_weights = tuple(norm.weight for norm in norms if norm is not None)
+
+    def forward(self, qkv_TC: Tensor, context: ForwardContext) -> Tensor:
+        out = self._activations.take("attended", qkv_TC.shape[0], self.width)
+        return self._run(self.layer, qkv_TC, context.positions_T, out, context.metadata[self._group], *self._norm_weights)
+
+
+def _no_backend(*step: object) -> Tensor:
+    raise InternalError("a model was run before attention backends were bound to it")
+
+
+def attention_spec(site: Site, group: KVGroupSpec) -> AttentionSpec:
+    """What the kernels of one layer group must know, on this rank."""
+    spec = site.spec
+    return AttentionSpec(
+        num_heads=spec.heads_per_rank(site.group.size),
+        kv=group,
+        scale=spec.attention_scale,
+        rotary_dim=spec.rope.rotary_dim,
+        interleaved=spec.rope.interleaved,
+        qk_norm_eps=spec.norm_eps if spec.qk_norm else None,
+    )
+
+
+def bind_paged_attention(
+    model: nn.Module, site: Site, groups: Sequence[KVGroupSpec], arena: Tensor, max_model_len: int
+) -> tuple[AttentionBackend, ...]:
+    """Make every attention layer of `model` read and write `arena` (uint8 [bytes]); returns the backend of each group, to plan steps with.
+
+    groups: ModelSpec.kv_groups of this rank. Weights are bound before.
+    """
+    cos_sin = cos_sin_table(site.spec.rope, max_model_len)
+    return _bind(model, groups, lambda group: PagedBackend(site.ops, attention_spec(site, group), arena, cos_sin))
+
+
+def bind_dense_attention(model: nn.Module, site: Site, groups: Sequence[KVGroupSpec], max_len: int) -> tuple[AttentionBackend, ...]:
+    """The same without a cache: each step brings whole sequences of at most `max_len` tokens."""
+    cos_sin = cos_sin_table(site.spec.rope, max_len)
+    return _bind(model, groups, lambda group: DenseBackend(site.ops, attention_spec(site, group), cos_sin))
+
+
+def _bind(
+    model: nn.Module, groups: Sequence[KVGroupSpec], make: Callable[[KVGroupSpec], AttentionBackend]
+) -> tuple[AttentionBackend, ...]:
+    backends = tuple(make(group) for group in groups)
+    group_of = {layer: index for index, group in enumerate(groups) for layer in group.layers}
+    for module in model.modules():
+        if isinstance(module, Attention):
+            index = group_of[module.layer]
+            module.bind_backend(backends[index], index)
+    return backends

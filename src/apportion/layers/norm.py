@@ -1,0 +1,51 @@
+"""RMSNorm, alone or with the residual addition before it."""
+
+from __future__ import annotations
+
+from collections.abc import Collection, Iterator
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from apportion.layers.site import Site
+from apportion.layers.weights import TensorSource
+
+
+class RMSNorm(nn.Module):
+    """x / sqrt(mean(x^2) + eps) * weight, over the last axis; the weight is float32 [width]."""
+
+    def __init__(self, site: Site, width: int, slot: str = "normed") -> None:
+        super().__init__()
+        self.name = site.name
+        self.width = width
+        self.eps = site.spec.norm_eps
+        self.weight: Tensor | None = None  # a view of the weight arena once bound
+        self._slot = slot
+        self._activations = site.activations
+        self._rms_norm = site.ops.rms_norm
+        self._add_rms_norm = site.ops.add_rms_norm
+
+    def forward(self, x: Tensor, residual: Tensor | None = None) -> Tensor:
+        """x [T, width] -> its norm. With a residual: residual += x in place, then the norm of residual."""
+        out = self._activations.take(self._slot, x.shape[0], self.width)
+        if residual is None:
+            return self._rms_norm(x, self.weight, self.eps, out)
+        return self._add_rms_norm(x, residual, self.weight, self.eps, out)
+
+    @property
+    def nbytes(self) -> int:
+        return 4 * self.width
+
+    def bind(self, buffer: Tensor) -> None:
+        self.weight = buffer.view(torch.float32)
+
+    def sources(self, present: Collection[str]) -> Iterator[TensorSource]:
+        yield TensorSource(f"{self.name}.weight", (self.width,), (slice(None),), self._load, init="ones")
+
+    def _load(self, weight: Tensor) -> None:
+        assert self.weight is not None, "a norm is bound before it is loaded"
+        self.weight.copy_(weight)
+
+    def describe(self) -> dict[str, Any]:
+        return {"width": self.width, "dtype": "float32"}

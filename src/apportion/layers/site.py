@@ -1,0 +1,55 @@
+"""Where a layer is built: for which model, with whose operators, on which rank, in which number formats, under which name."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field, replace
+
+import torch
+from torch import Tensor
+
+from apportion.core.model_spec import ModelSpec
+from apportion.kernels.ops import Ops
+from apportion.parallel.groups import ParallelGroup
+from apportion.quant.scheme import LinearRecords
+
+MAX_VIEWS = 4096  # remembered (slot, T) pairs; steps come in few sizes
+
+
+class Activations:
+    """The buffers of one step, float32, reused by every layer and every step.
+
+    A slot's content lives until the slot is taken again, so a model instance runs one step at a time.
+    """
+
+    def __init__(self) -> None:
+        self._storage: dict[str, Tensor] = {}
+        self._views: dict[tuple[str, int], Tensor] = {}
+
+    def take(self, slot: str, num_tokens: int, width: int) -> Tensor:
+        """An uninitialized [num_tokens, width]. A slot has one width."""
+        view = self._views.get((slot, num_tokens))
+        return view if view is not None else self._make(slot, num_tokens, width)
+
+    def _make(self, slot: str, num_tokens: int, width: int) -> Tensor:
+        storage = self._storage.get(slot)
+        if storage is None or len(storage) < num_tokens or len(self._views) >= MAX_VIEWS:
+            rows = max(num_tokens, 0 if storage is None else len(storage))
+            storage = self._storage[slot] = torch.empty(rows, width)
+            self._views = {key: view for key, view in self._views.items() if key[0] != slot} if len(self._views) < MAX_VIEWS else {}
+        view = self._views[slot, num_tokens] = storage[:num_tokens]
+        return view
+
+
+@dataclass(frozen=True, slots=True)
+class Site:
+    """`site / "q_proj"` is the place of a part; names are those of the checkpoint."""
+
+    spec: ModelSpec
+    ops: Ops
+    group: ParallelGroup
+    records: LinearRecords
+    activations: Activations = field(default_factory=Activations)
+    name: str = ""
+
+    def __truediv__(self, part: str) -> Site:
+        return replace(self, name=f"{self.name}.{part}" if self.name else part)

@@ -1,0 +1,189 @@
+"""From a checkpoint to a model whose packed weights lie in one arena, which other processes can map by its manifest.
+
+Tensors stream from the mapped files straight into the arena, in file order; their pages are given back as it goes, so that memory peaks at
+the packed size and about one tensor.
+"""
+
+from __future__ import annotations
+
+import re
+import zlib
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import nn
+
+from apportion.core.config import ModelConfig
+from apportion.core.errors import CheckpointError, InternalError
+from apportion.core.model_spec import ModelSpec
+from apportion.kernels.ops import Ops
+from apportion.layers.site import Site
+from apportion.layers.weights import TensorSource, WeightLayer
+from apportion.models.checkpoint import Checkpoint, resolve_folder
+from apportion.models.interface import CausalLM
+from apportion.models.registry import MODELS
+from apportion.parallel.groups import ParallelGroup
+from apportion.platforms.arena import Arena
+from apportion.quant.scheme import LinearRecord, LinearRecords
+
+ALIGNMENT = 256  # bytes
+MANIFEST_FORMAT = 1
+HARMLESS = (r"\.rotary_emb\.inv_freq$",)  # buffers that old checkpoints carry and no model needs
+DUMMY_SCALE = 0.035  # uniform in +-this: the spread of the usual normal(0, 0.02)
+
+Progress = Callable[[int, int], None]
+
+
+@dataclass(frozen=True, slots=True)
+class LoadedModel:
+    """manifest: what `attach_model` needs beside the arena, plain data for JSON."""
+
+    model: CausalLM
+    arena: Arena
+    manifest: dict[str, Any]
+
+    @property
+    def spec(self) -> ModelSpec:
+        return self.model.site.spec
+
+
+def load_model(
+    config: ModelConfig, spec: ModelSpec, ops: Ops, group: ParallelGroup | None = None, progress: Progress | None = None
+) -> LoadedModel:
+    """Build the model of `spec`, pack this rank's part of the checkpoint `config.model` into a new arena.
+
+    progress: called with (bytes done, bytes in all). Errors: CheckpointError naming missing, unexpected, misshapen or truncated tensors.
+    """
+    dtype = spec.dtype if config.dtype == "auto" else config.dtype
+    model = build_model(spec, ops, group or ParallelGroup(), dtype)
+    manifest = layout(model, dtype)
+    layers = weight_layers(model)
+    if config.load_format == "dummy":
+        arena = _bound_arena(layers, manifest)
+        _fill_dummy(layers, config.seed)
+    else:
+        checkpoint = Checkpoint(resolve_folder(config.model, config.revision))
+        sources = match_sources(layers, checkpoint, spec)
+        arena = _bound_arena(layers, manifest)  # late: loads refer to layers, and a bad checkpoint should cost no memory
+        _stream(checkpoint, sources, progress or _silent)
+    return LoadedModel(model, arena, manifest)
+
+
+def attach_model(manifest: Mapping[str, Any], arena: Arena, ops: Ops, group: ParallelGroup | None = None) -> LoadedModel:
+    """The model of `manifest` over weights that another process packed into `arena`; nothing is loaded.
+
+    Errors: InternalError when this process would lay the weights out otherwise (other kernels, another rank, another version).
+    """
+    spec = ModelSpec.from_dict(manifest["spec"])
+    model = build_model(spec, ops, group or ParallelGroup(), manifest["dtype"])
+    own = layout(model, manifest["dtype"])
+    for key in own:
+        if own[key] != manifest.get(key):
+            raise InternalError(f"packed weights cannot be shared: {key} differs between the process that packed them and this one")
+    _bind(weight_layers(model), own, arena)
+    return LoadedModel(model, arena, own)
+
+
+def build_model(spec: ModelSpec, ops: Ops, group: ParallelGroup, dtype: str) -> CausalLM:
+    """The module tree without weights."""
+    site = Site(spec, ops, group, LinearRecords(LinearRecord(dtype)))
+    return MODELS.get(spec.architecture)(site)
+
+
+def weight_layers(model: CausalLM) -> list[WeightLayer]:
+    """The leaves that own weights, in the order of the tree."""
+    assert isinstance(model, nn.Module)
+    return [module for module in model.modules() if isinstance(module, WeightLayer)]
+
+
+def layout(model: CausalLM, dtype: str) -> dict[str, Any]:
+    """The manifest: where each layer's bytes lie."""
+    entries, offset = [], 0
+    for layer in weight_layers(model):
+        entries.append({"name": layer.name, "offset": offset, "nbytes": layer.nbytes, "layer": layer.describe()})
+        offset += -(-layer.nbytes // ALIGNMENT) * ALIGNMENT
+    site = model.site
+    return {
+        "format": MANIFEST_FORMAT,
+        "kernels": site.ops.name,
+        "rank": site.group.rank,
+        "tensor_parallel_size": site.group.size,
+        "dtype": dtype,
+        "spec": site.spec.as_dict(),
+        "nbytes": offset,
+        "entries": entries,
+    }
+
+
+def match_sources(layers: Iterable[WeightLayer], checkpoint: Checkpoint, spec: ModelSpec) -> dict[str, list[TensorSource]]:
+    """Every tensor of the checkpoint with what takes it. Errors: CheckpointError for any that is missing, unexpected or misshapen."""
+    present = checkpoint.tensors.keys()
+    sources: dict[str, list[TensorSource]] = {}
+    for layer in layers:
+        for source in layer.sources(present):
+            sources.setdefault(source.name, []).append(source)
+    if missing := [name for name in sources if name not in present]:
+        raise CheckpointError(f"{checkpoint.folder} lacks {_some(missing)}")
+    harmless = (*HARMLESS, r"^lm_head\.weight$") if spec.tied else HARMLESS  # tied: a copy of the embeddings
+    unused = [name for name in present if name not in sources and not any(re.search(pattern, name) for pattern in harmless)]
+    if unused:
+        raise CheckpointError(f"{checkpoint.folder} has tensors that {spec.architecture} does not use: {_some(unused)}")
+    for name, (first, *_) in sources.items():
+        found = checkpoint.tensors[name][1].shape
+        if found != first.shape:
+            raise CheckpointError(f"tensor {name} must have shape {list(first.shape)}, in {checkpoint.folder} it has {list(found)}")
+    return sources
+
+
+def _some(names: list[str], limit: int = 5) -> str:
+    more = f" and {len(names) - limit} more" if len(names) > limit else ""
+    return ", ".join(names[:limit]) + more
+
+
+def _bound_arena(layers: list[WeightLayer], manifest: Mapping[str, Any]) -> Arena:
+    arena = Arena.create(manifest["nbytes"])
+    _bind(layers, manifest, arena)
+    return arena
+
+
+def _bind(layers: list[WeightLayer], manifest: Mapping[str, Any], arena: Arena) -> None:
+    for layer, entry in zip(layers, manifest["entries"], strict=True):
+        layer.bind(arena.tensor[entry["offset"] : entry["offset"] + entry["nbytes"]])
+
+
+def _stream(checkpoint: Checkpoint, sources: Mapping[str, list[TensorSource]], progress: Progress) -> None:
+    total = sum(checkpoint.tensors[name][1].nbytes for name in sources)
+    done = 0
+    progress(done, total)
+    for file in checkpoint.files:
+        for stored in file.tensors:
+            if stored.name not in sources:
+                continue
+            tensor = file.read(stored)
+            for source in sources[stored.name]:
+                source.load(tensor[source.index].contiguous())
+            file.release(stored)
+            done += stored.nbytes
+            progress(done, total)
+
+
+def _silent(done: int, total: int) -> None:
+    """No progress is wanted."""
+
+
+def _fill_dummy(layers: Iterable[WeightLayer], seed: int) -> None:
+    """Random numbers of the right shapes, equal for equal parts of a tensor whichever rank asks."""
+    for source in _all_sources(layers):
+        shape = [len(range(*part.indices(size))) for part, size in zip(source.index, source.shape, strict=True)]
+        starts = [part.indices(size)[0] for part, size in zip(source.index, source.shape, strict=True)]
+        generator = torch.Generator().manual_seed(seed << 32 | zlib.crc32(f"{source.name} {starts}".encode()))
+        values = torch.empty(shape).uniform_(-DUMMY_SCALE, DUMMY_SCALE, generator=generator) if source.init == "normal" else torch.ones(shape)
+        source.load(values)
+
+
+def _all_sources(layers: Iterable[WeightLayer]) -> Iterator[TensorSource]:
+    for layer in layers:
+        yield from layer.sources(())
