@@ -1,4 +1,4 @@
-"""Attention without a cache: whole sequences in, nothing kept. For calibration, evaluation of plain texts, and as a check on the paged path."""
+"""Attention without a cache: whole sequences in, nothing kept. For calibration, and as a check on the paged path."""
 
 from __future__ import annotations
 
@@ -46,8 +46,8 @@ class DenseBackend:
         for first, last in zip(metadata.handle[:-1], metadata.handle[1:], strict=True):
             rows = slice(first, last)
             mask = _visible(last - first, spec.kv.sliding_window)
-            parts = (x[rows].transpose(0, 1) for x in (q, k, v))
-            attended = F.scaled_dot_product_attention(*parts, attn_mask=mask, scale=spec.scale, enable_gqa=True)
+            query, key, value = (x[rows].transpose(0, 1) for x in (q, k, v))
+            attended = F.scaled_dot_product_attention(query, key, value, attn_mask=mask, scale=spec.scale, enable_gqa=True)
             out[rows] = attended.transpose(0, 1)
         return out_TC
 

@@ -18,7 +18,10 @@ from apportion.layers.site import Site
 
 
 class Attention(nn.Module):
-    """qkv [T, (H + 2K) * D] -> [T, H * D] in the slot "attended". q_norm, k_norm: per-head norms before rotation, where the model has them."""
+    """qkv [T, (H + 2K) * D] -> [T, H * D] in the slot "attended".
+
+    q_norm, k_norm: per-head norms before rotation, where the model has them.
+    """
 
     def __init__(self, site: Site, layer: int, q_norm: RMSNorm | None = None, k_norm: RMSNorm | None = None) -> None:
         super().__init__()
@@ -26,8 +29,9 @@ class Attention(nn.Module):
         self.width = site.spec.heads_per_rank(site.group.size) * site.spec.head_dim
         self.q_norm, self.k_norm = q_norm, k_norm
         self._activations = site.activations
-        self._run = _no_backend
+        self._run: Callable[..., Tensor] = _no_backend
         self._group = 0
+        self._norm_weights: tuple[Tensor, ...] = ()
 
     def bind_backend(self, backend: AttentionBackend, group: int) -> None:
         """Attend by `backend`, with the metadata of kv group `group`."""
@@ -74,9 +78,7 @@ def bind_dense_attention(model: nn.Module, site: Site, groups: Sequence[KVGroupS
     return _bind(model, groups, lambda group: DenseBackend(site.ops, attention_spec(site, group), cos_sin))
 
 
-def _bind(
-    model: nn.Module, groups: Sequence[KVGroupSpec], make: Callable[[KVGroupSpec], AttentionBackend]
-) -> tuple[AttentionBackend, ...]:
+def _bind(model: nn.Module, groups: Sequence[KVGroupSpec], make: Callable[[KVGroupSpec], AttentionBackend]) -> tuple[AttentionBackend, ...]:
     backends = tuple(make(group) for group in groups)
     group_of = {layer: index for index, group in enumerate(groups) for layer in group.layers}
     for module in model.modules():

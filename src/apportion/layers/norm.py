@@ -20,7 +20,7 @@ class RMSNorm(nn.Module):
         self.name = site.name
         self.width = width
         self.eps = site.spec.norm_eps
-        self.weight: Tensor | None = None  # a view of the weight arena once bound
+        self.weight = torch.empty(0)  # a view of the weight arena once bound
         self._slot = slot
         self._activations = site.activations
         self._rms_norm = site.ops.rms_norm
@@ -44,7 +44,6 @@ class RMSNorm(nn.Module):
         yield TensorSource(f"{self.name}.weight", (self.width,), (slice(None),), self._load, init="ones")
 
     def _load(self, weight: Tensor) -> None:
-        assert self.weight is not None, "a norm is bound before it is loaded"
         self.weight.copy_(weight)
 
     def describe(self) -> dict[str, Any]:

@@ -56,7 +56,8 @@ class LlamaForCausalLM(nn.Module):
         self.lm_head = self.embed_tokens if spec.tied else VocabularyMatrix(site / "lm_head")
 
     def forward(self, token_ids_T: Tensor, context: ForwardContext) -> Tensor:
-        residual, delta = self.embed_tokens.embed(token_ids_T), None
+        residual = self.embed_tokens.embed(token_ids_T)
+        delta = None
         for layer in self.layers:
             delta = layer.forward(delta, residual, context)
         return self.norm.forward(delta, residual)

@@ -10,7 +10,6 @@ import re
 import zlib
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Any
 
 import torch
@@ -180,7 +179,9 @@ def _fill_dummy(layers: Iterable[WeightLayer], seed: int) -> None:
         shape = [len(range(*part.indices(size))) for part, size in zip(source.index, source.shape, strict=True)]
         starts = [part.indices(size)[0] for part, size in zip(source.index, source.shape, strict=True)]
         generator = torch.Generator().manual_seed(seed << 32 | zlib.crc32(f"{source.name} {starts}".encode()))
-        values = torch.empty(shape).uniform_(-DUMMY_SCALE, DUMMY_SCALE, generator=generator) if source.init == "normal" else torch.ones(shape)
+        values = (
+            torch.empty(shape).uniform_(-DUMMY_SCALE, DUMMY_SCALE, generator=generator) if source.init == "normal" else torch.ones(shape)
+        )
         source.load(values)
 
 
