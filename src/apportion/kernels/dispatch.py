@@ -17,6 +17,7 @@ from typing import Any, Protocol
 from apportion import kernels
 from apportion.core.errors import Unsupported
 from apportion.kernels.ops import Ops
+from apportion.platforms.platform import ComputeShare
 
 logger = logging.getLogger(__name__)
 
@@ -48,13 +49,14 @@ class Capability:
 class Implementation:
     """One set of operators. Every package kernels/<backend> offers `implementations() -> list[Implementation]`.
 
-    rank: larger is preferred. unavailable: why it cannot run on this machine, empty where it can. make(team) -> Ops.
+    rank: larger is preferred. unavailable: why it cannot run on this machine, empty where it can. make(share) -> Ops, with threads of its
+    own on the cores of the share (None: as many as it likes); an Ops serves one lane, and every model on it.
     """
 
     name: str
     rank: int
     capability: Capability
-    make: Callable[[Any], Any]
+    make: Callable[[ComputeShare | None], Any]
     unavailable: str = ""
 
     @property
@@ -98,11 +100,11 @@ def choose(device: str, prefer: str = "auto") -> tuple[Implementation, str]:
     raise Unsupported(f"no kernels for device {device!r} with kernels={prefer!r}: {'; '.join(rejected)}")
 
 
-def select_ops(platform: Device, team: Any = None, prefer: str = "auto") -> Ops:
-    """The operators of `platform`, bound to the thread team `team` (None: the implementation's own choice)."""
+def select_ops(platform: Device, share: ComputeShare | None = None, prefer: str = "auto") -> Ops:
+    """The operators of `platform`, with their threads on the cores of `share`."""
     chosen, why = choose(platform.name, prefer)
     logger.info("kernels: %s (%s)", chosen.name, why)
-    ops: Ops = chosen.make(team)
+    ops: Ops = chosen.make(share)
     return ops
 
 

@@ -37,9 +37,9 @@ class LinearSpec:
 
 
 class Linear(Protocol):
-    """A linear with its weight in packed panels, [N / 32][C / lanes][32][lanes], lanes = 4 // element_bytes, N padded to 32 and C to 32 with zeros.
+    """A linear with its weight in packed panels, [N / 32][C / lanes][32][lanes], lanes = 4 // element_bytes.
 
-    The bias (float32) follows the panels in the same buffer.
+    N and C are padded to multiples of 32 with zeros. The bias (float32) follows the panels in the same buffer.
     """
 
     spec: LinearSpec
@@ -210,9 +210,12 @@ class Ops(Protocol):
     def sample(self, logits: Tensor, rows: SamplingRows) -> Tensor:
         """logits float32 [R, V] -> token ids int32 [R].
 
-        Greedy: the largest, ties to the lower id. Else: divide by temperature, keep the top_k largest, then the smallest set of the largest whose
-        probability reaches top_p, then those with p >= min_p * p_max; u = uniform(seed, position); the token is the first, in id order,
-        whose cumulative kept mass exceeds u * total.
+        Greedy: the largest, ties to the lower id. Else: divide by temperature, keep the top_k largest, then the smallest set of the
+        largest whose probability reaches top_p, then those with p >= min_p * p_max; u = uniform(seed, position); the token is the
+        first, in id order, whose cumulative kept mass exceeds u * total. Sums are float64 in id order (in descending order for top_p).
+        uniform: Philox4x32-10 with key (seed low, seed high) and counter (position low, position high, 0, 0), 32-bit words;
+        its first word >> 8, times 2^-24.
+        A row with a NaN, or whose largest logit is not finite, gives -1.
         """
 
     def logprobs(self, logits: Tensor, token_ids: Tensor, top_n: int) -> tuple[Tensor, Tensor, Tensor, Tensor]:

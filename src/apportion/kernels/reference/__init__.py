@@ -3,11 +3,16 @@
 from typing import Any
 
 from apportion.kernels.dispatch import Capability, Implementation
+from apportion.platforms.platform import ComputeShare
 
 
-def _make(team: Any) -> Any:
+def _make(share: ComputeShare | None) -> Any:
+    import torch
+
     from apportion.kernels.reference.ops import ReferenceOps
 
+    if share is not None:
+        torch.set_num_threads(share.num_threads)  # its threads are torch's
     return ReferenceOps()
 
 
