@@ -1,0 +1,1 @@
+"""Executors, and the way from an engine's configuration to the one that a lane asks for."""

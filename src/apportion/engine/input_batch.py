@@ -1,0 +1,218 @@
+"""From the scheduler's deltas to the tensors of a step.
+
+Knows every request of one model on one worker as a row of arrays: tokens, block tables, computed counts, sampling parameters. A
+step gathers its rows with a handful of array operations, whatever the number of requests. Knows nothing of models or kernels.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from apportion.core.errors import InternalError, InvalidInput
+from apportion.core.schedule import CachedRequest, NewRequest, SchedulerOutput
+from apportion.engine.sampler import LogitRules, has_rules
+from apportion.kernels.ops import SamplingRows
+
+COUNTS = {"num_tokens": np.int32, "num_prompt_tokens": np.int32, "num_computed_tokens": np.int32, "has_extras": np.bool_}
+SAMPLING = {"temperature": np.float32, "top_k": np.int32, "top_p": np.float32, "min_p": np.float32, "seed": np.int64}
+
+
+@dataclass(slots=True)
+class StepInputs:
+    """One step: R requests, T tokens. Tensors are int32.
+
+    rows [R]: where the batch keeps each request. sampled [S]: which of the R requests get a token, as their last known one is computed
+    in this step. logit_rows [S]: the row of T that gives it.
+    """
+
+    request_ids: list[str]
+    rows: np.ndarray
+    seq_lens: np.ndarray
+    sampled: np.ndarray
+    logit_rows: np.ndarray
+    query_start_loc: np.ndarray
+    token_ids_T: Tensor
+    positions_T: Tensor
+    block_tables: tuple[Tensor, ...]
+
+
+class InputBatch:
+    def __init__(self, num_groups: int, vocab: int, eos_ids: Sequence[int]) -> None:
+        self._vocab, self._eos_ids = vocab, tuple(eos_ids)
+        self._row_of: dict[str, int] = {}
+        self._free: list[int] = []
+        self._arrays = {name: np.zeros(0, dtype) for name, dtype in (COUNTS | SAMPLING).items()}
+        self._tokens = np.zeros((0, 256), np.int32)
+        self._tables = [np.zeros((0, 16), np.int32) for _ in range(num_groups)]
+        self._num_blocks = np.zeros((num_groups, 0), np.int32)
+        self.rules: dict[int, LogitRules] = {}  # by row, for the few requests that have any
+        self.num_logprobs: dict[int, int] = {}
+        self.num_prompt_logprobs: dict[str, int] = {}
+
+    # -- what the engine says ---------------------------------------------------------------------------------------------
+
+    def update(self, step: SchedulerOutput) -> dict[str, str]:
+        """Take in a step's news. Returns one sentence for each new request that cannot run here."""
+        errors = {}
+        for request_id in step.finished_ids:
+            self._forget(request_id)
+        for new in step.new_requests:
+            try:
+                self._admit(new)
+            except InvalidInput as error:
+                errors[new.request_id] = str(error)
+                self.rules.pop(self._row_of[new.request_id], None)
+        computed = self._arrays["num_computed_tokens"]
+        for known in step.cached_requests:
+            row = self._row(known.request_id)
+            computed[row] = known.num_computed_tokens
+            if known.new_token_ids or known.new_blocks or known.freed_blocks:
+                self._extend(row, known)
+        return errors
+
+    def _admit(self, new: NewRequest) -> None:
+        self._forget(new.request_id)
+        if not self._free:
+            self._grow_rows()
+        row = self._row_of[new.request_id] = self._free.pop()
+        params, arrays = new.sampling_params, self._arrays
+        if params.seed is None and not params.is_greedy:
+            raise InternalError(f"request {new.request_id!r} samples at temperature {params.temperature:g} without a seed")
+        values = (len(new.token_ids), new.num_prompt_tokens, new.num_computed_tokens, False)
+        values += (params.temperature, params.top_k, params.top_p, params.min_p, params.seed or 0)
+        for array, value in zip(arrays.values(), values, strict=True):
+            array[row] = value
+        self._ensure_length(len(new.token_ids))
+        self._tokens[row, : len(new.token_ids)] = new.token_ids
+        self._num_blocks[:, row] = 0
+        for group, entries in enumerate(new.block_tables):
+            self._append_blocks(group, row, entries)
+        if params.logprobs is not None:
+            self.num_logprobs[row] = params.logprobs
+        if params.prompt_logprobs is not None:
+            self.num_prompt_logprobs[new.request_id] = params.prompt_logprobs
+        if has_rules(params):
+            prompt, output = new.token_ids[: new.num_prompt_tokens], new.token_ids[new.num_prompt_tokens :]
+            self.rules[row] = LogitRules(params, prompt, output, self._eos_ids, self._vocab)
+        arrays["has_extras"][row] = row in self.rules or row in self.num_logprobs
+
+    def _extend(self, row: int, known: CachedRequest) -> None:
+        if known.new_token_ids:
+            start = int(self._arrays["num_tokens"][row])
+            self._ensure_length(start + len(known.new_token_ids))
+            self._tokens[row, start : start + len(known.new_token_ids)] = known.new_token_ids
+            self._arrays["num_tokens"][row] += len(known.new_token_ids)
+            if row in self.rules:
+                for token in known.new_token_ids:
+                    self.rules[row].append(token)
+        for group, entries in enumerate(known.new_blocks):
+            if entries:
+                self._append_blocks(group, row, entries)
+        for group, dead in enumerate(known.freed_blocks):
+            self._tables[group][row, :dead] = -1
+
+    def _forget(self, request_id: str) -> None:
+        row = self._row_of.pop(request_id, None)
+        if row is not None:
+            self._free.append(row)
+            self.rules.pop(row, None)
+            self.num_logprobs.pop(row, None)
+            self.num_prompt_logprobs.pop(request_id, None)
+
+    def _row(self, request_id: str) -> int:
+        try:
+            return self._row_of[request_id]
+        except KeyError:
+            raise InternalError(f"request {request_id!r} was scheduled on a worker that does not know it") from None
+
+    # -- what a step computes ---------------------------------------------------------------------------------------------
+
+    def build(self, num_scheduled: Mapping[str, int]) -> StepInputs:
+        rows = np.fromiter(map(self._row, num_scheduled), np.int64, len(num_scheduled))
+        counts = np.fromiter(num_scheduled.values(), np.int32, len(num_scheduled))
+        arrays = self._arrays
+        computed = arrays["num_computed_tokens"][rows]
+        seq_lens = computed + counts
+        arrays["num_computed_tokens"][rows] = seq_lens
+        query_start_loc = np.zeros(len(rows) + 1, np.int32)
+        np.cumsum(counts, out=query_start_loc[1:])
+        self._ensure_length(int(seq_lens.max()))
+        if query_start_loc[-1] == len(rows):
+            positions, token_ids = computed, self._tokens[rows, computed]
+        else:
+            positions = np.arange(query_start_loc[-1], dtype=np.int32) + np.repeat(computed - query_start_loc[:-1], counts)
+            token_ids = self._tokens[np.repeat(rows, counts), positions]
+        sampled = np.flatnonzero(seq_lens >= arrays["num_tokens"][rows])
+        widths = self._num_blocks[:, rows].max(axis=1, initial=1)
+        return StepInputs(
+            request_ids=list(num_scheduled),
+            rows=rows,
+            seq_lens=seq_lens,
+            sampled=sampled,
+            logit_rows=query_start_loc[1:][sampled] - 1,
+            query_start_loc=query_start_loc,
+            token_ids_T=torch.from_numpy(token_ids),
+            positions_T=torch.from_numpy(positions),
+            block_tables=tuple(torch.from_numpy(t[:, :w].take(rows, axis=0)) for t, w in zip(self._tables, widths, strict=True)),
+        )
+
+    def sampling_rows(self, step: StepInputs) -> SamplingRows:
+        rows = step.rows[step.sampled]
+        columns = {name: torch.from_numpy(self._arrays[name][rows]) for name in SAMPLING}
+        return SamplingRows(**columns, position=torch.from_numpy(step.seq_lens[step.sampled].astype(np.int64)))
+
+    def extras(self, step: StepInputs) -> list[tuple[int, int]]:
+        """(index among the sampled, row) of requests with rules or log-probabilities; empty in the usual case."""
+        rows = step.rows[step.sampled]
+        return [(int(i), int(rows[i])) for i in np.flatnonzero(self._arrays["has_extras"][rows])]
+
+    def prompt_targets(self, step: StepInputs, index: int) -> tuple[int, np.ndarray]:
+        """Of request `index` of the step: its first row of T, and the prompt tokens that this row and the next ones predict."""
+        row, start, stop = step.rows[index], int(step.query_start_loc[index]), int(step.query_start_loc[index + 1])
+        first = int(step.seq_lens[index]) - (stop - start) + 1
+        last = min(int(step.seq_lens[index]) + 1, int(self._arrays["num_prompt_tokens"][row]))
+        return start, self._tokens[row, first:last].copy()
+
+    def append(self, step: StepInputs, indices: np.ndarray, token_ids: np.ndarray) -> None:
+        """Requests `indices` [S] of the step sampled token_ids [S]: the next step of this worker reads them from here."""
+        rows, ends = step.rows[indices], step.seq_lens[indices]
+        self._ensure_length(int(ends.max(initial=0)) + 1)
+        self._tokens[rows, ends] = token_ids
+        self._arrays["num_tokens"][rows] = ends + 1
+        if self.rules:
+            for row, token in zip(rows.tolist(), token_ids.tolist(), strict=True):
+                if row in self.rules:
+                    self.rules[row].append(token)
+
+    # -- storage ----------------------------------------------------------------------------------------------------------
+
+    def _append_blocks(self, group: int, row: int, entries: Sequence[int]) -> None:
+        start = int(self._num_blocks[group, row])
+        stop = start + len(entries)
+        table = self._tables[group]
+        if stop > table.shape[1]:
+            wider = np.full((len(table), max(stop, 2 * table.shape[1])), -1, np.int32)
+            wider[:, : table.shape[1]] = table
+            table = self._tables[group] = wider
+        table[row, start:stop] = entries
+        self._num_blocks[group, row] = stop
+
+    def _ensure_length(self, length: int) -> None:
+        if length >= self._tokens.shape[1]:
+            grown = np.zeros((len(self._tokens), max(length + 1, 2 * self._tokens.shape[1])), np.int32)
+            grown[:, : self._tokens.shape[1]] = self._tokens
+            self._tokens = grown
+
+    def _grow_rows(self) -> None:
+        size = len(self._tokens)
+        more = max(16, size)
+        self._free.extend(reversed(range(size, size + more)))
+        self._tokens = np.pad(self._tokens, ((0, more), (0, 0)))
+        self._tables = [np.pad(table, ((0, more), (0, 0)), constant_values=-1) for table in self._tables]
+        self._num_blocks = np.pad(self._num_blocks, ((0, 0), (0, more)))
+        self._arrays = {name: np.pad(array, (0, more)) for name, array in self._arrays.items()}
