@@ -7,6 +7,9 @@ from dataclasses import dataclass, field
 from enum import Enum, auto
 
 from apportion.core.sampling_params import SamplingParams
+from apportion.core.schedule import TokenLogprobs
+
+NO_LANE = -1
 
 
 class RequestStatus(Enum):
@@ -34,7 +37,10 @@ class Request:
     token_ids: prompt followed by generated tokens. num_computed_tokens: tokens whose KV a finished step has stored.
     num_in_flight_tokens: tokens scheduled in steps that have not ended (asynchronous scheduling). num_pending_samples: tokens that those
     steps will sample, so that a decode can be scheduled before its input token is known here.
-    finish_reason: "stop", "length", "abort" or "error"; stop_reason: the token id or string that stopped it.
+    finish_reason: "stop", "length", "abort" or "error"; stop_reason: the token id or string that stopped it (None for the end token).
+
+    The last group is the scheduler's own. max_total_tokens: prompt and output together. epoch: raised whenever the request's blocks are
+    given up, so that a step in flight from before does not count as computed. lane: the one that knows the request, or NO_LANE.
     """
 
     request_id: str
@@ -56,6 +62,14 @@ class Request:
     stop_reason: int | str | None = None
     error: str | None = None
     times: RequestTimes = field(default_factory=RequestTimes)
+    max_total_tokens: int = 0
+    stop_ids: frozenset[int] = frozenset()
+    arrival_index: int = 0
+    epoch: int = 0
+    lane: int = NO_LANE
+    num_in_flight_steps: int = 0
+    last_step_id: int = -1
+    num_replays: int = 0
 
     def __post_init__(self) -> None:
         self.token_ids = list(self.prompt_token_ids)
@@ -75,3 +89,13 @@ class Request:
     @property
     def is_finished(self) -> bool:
         return self.status is RequestStatus.FINISHED
+
+
+@dataclass(slots=True, frozen=True)
+class RequestUpdate:
+    """What one step brought a request: tokens, their log-probabilities, and (in `request`) whether and why it is finished."""
+
+    request: Request
+    token_ids: list[int] = field(default_factory=list)
+    logprobs: list[TokenLogprobs] = field(default_factory=list)
+    prompt_logprobs: list[TokenLogprobs] = field(default_factory=list)

@@ -1,0 +1,371 @@
+"""Decides each step of one model: which requests, how many tokens of each, on the lane that asks.
+
+A request is a count of computed tokens chasing a count of known ones; prefill and decode differ only in the distance. The scheduler
+knows requests, the KV manager's tables and which lane knows which request; it must not know executors, tensors or text.
+
+Progress: requests are served in the policy's order. When blocks run short the last in that order gives up its own, never an earlier
+one, so the first always goes on; and a request is admitted only where all its known tokens would fit.
+"""
+
+from __future__ import annotations
+
+import time
+from bisect import insort
+from collections.abc import Callable, Iterable
+from dataclasses import dataclass, field
+
+from apportion.core.config import SchedulerConfig
+from apportion.core.errors import InternalError, InvalidParameter, InvalidRequest
+from apportion.core.metrics import EngineMetrics
+from apportion.core.request import NO_LANE, Request, RequestStatus, RequestUpdate
+from apportion.core.schedule import CachedRequest, ModelRunnerOutput, NewRequest, SchedulerOutput
+from apportion.engine.policies import POLICIES
+from apportion.kvcache.kv_cache_manager import NOTHING_NEW, Drains, KVCacheManager, NewBlocks
+
+MAX_REPLAYS = 2  # a request that was in flight in more lane deaths than this is taken for their cause
+
+
+@dataclass(slots=True, eq=False)
+class Step:
+    """One step in flight. rows: (request, tokens, whether it samples, the request's epoch). drains: blocks kept back until it ends."""
+
+    step_id: int
+    lane: int
+    output: SchedulerOutput
+    rows: list[tuple[Request, int, bool, int]]
+    drains: Drains = field(default_factory=list)
+
+
+@dataclass(slots=True, eq=False)
+class _Draft:
+    """A step being composed. rows: request -> (start, tokens, new blocks), in batch order."""
+
+    lane: int
+    budget: int
+    rows: dict[Request, tuple[int, int, NewBlocks]] = field(default_factory=dict)
+    short_of_memory: bool = False
+
+
+class Scheduler:
+    """Continuous batching with chunked prefill, preemption by recompute and any number of steps in flight.
+
+    max_model_len: prompt and output of one request together. clock: seconds, monotonic.
+    """
+
+    def __init__(
+        self, model: str, config: SchedulerConfig, kv: KVCacheManager, max_model_len: int, clock: Callable[[], float] = time.monotonic
+    ) -> None:
+        if not config.enable_chunked_prefill and config.max_num_batched_tokens < max_model_len:
+            raise InvalidParameter(
+                f"without chunked prefill max_num_batched_tokens ({config.max_num_batched_tokens}) must be at least"
+                f" max_model_len ({max_model_len})"
+            )
+        self.model = model
+        self.config = config
+        self.kv = kv
+        self.max_model_len = max_model_len
+        self.clock = clock
+        self.running: list[Request] = []  # in the policy's order
+        self.waiting: list[Request] = []  # in the policy's order
+        self.metrics = EngineMetrics()
+        self._order_key = POLICIES.get(config.policy)
+        self._requests: dict[str, Request] = {}
+        self._in_flight: dict[int, Step] = {}
+        self._finished_ids: dict[int, list[str]] = {}  # lane -> what it may forget
+        self._num_steps = 0
+        self._num_arrivals = 0
+        self._blocked: tuple[Request, int] | None = None  # who could not be admitted, at which count of releases
+
+    def add(self, request: Request) -> None:
+        """Queue a request. Errors: InvalidRequest when it is empty, too long or could never fit in the KV memory."""
+        params = request.sampling_params
+        num_prompt = request.num_prompt_tokens
+        if request.request_id in self._requests:
+            raise InvalidRequest(f"request id {request.request_id!r} is in use")
+        if num_prompt == 0:
+            raise InvalidRequest("the prompt is empty; give at least one token")
+        if num_prompt >= self.max_model_len:
+            raise InvalidRequest(
+                f"the prompt has {num_prompt} tokens and max_model_len is {self.max_model_len}: at most {self.max_model_len - 1} leave room for output"
+            )
+        limit = self.max_model_len if params.max_tokens is None else min(self.max_model_len, num_prompt + params.max_tokens)
+        most = self.kv.max_request_len() + 1  # the last token is never stored
+        if limit > most:
+            raise InvalidRequest(
+                f"a request of {num_prompt} prompt tokens and up to {limit - num_prompt} output tokens does not fit in the KV memory of"
+                f" {self.kv.arena.slabs_within(self.kv.quota) * self.kv.arena.slab_bytes} bytes, which holds {most} tokens;"
+                f" shorten the prompt, lower max_tokens or raise kv_cache_memory"
+            )
+        stops = set(params.stop_token_ids or ())
+        request.stop_ids = frozenset(stops if params.ignore_eos else stops | request.eos_token_ids)
+        request.max_total_tokens = limit
+        request.arrival_index = self._num_arrivals
+        self._num_arrivals += 1
+        self._requests[request.request_id] = request
+        self._wait(request, RequestStatus.WAITING)
+        self.metrics.prompt_tokens += num_prompt
+
+    def get(self, request_id: str) -> Request | None:
+        return self._requests.get(request_id)
+
+    @property
+    def unfinished(self) -> list[Request]:
+        return list(self._requests.values())
+
+    @property
+    def has_unfinished(self) -> bool:
+        """Whether a request is not finished or a step has not ended."""
+        return bool(self._requests or self._in_flight)
+
+    @property
+    def has_in_flight(self) -> bool:
+        return bool(self._in_flight)
+
+    def schedule(self, lane: int, phases: frozenset[str]) -> Step | None:
+        """The next step for `lane`, which takes `phases` of the work; None when there is nothing it could do now."""
+        draft = _Draft(lane, self.config.max_num_batched_tokens)
+        takes_decode = "decode" in phases
+        prefills: list[Request] = []
+        for request in self.running:  # shrinks at its end when somebody is preempted
+            if request.num_in_flight_steps and request.lane != lane:
+                continue
+            start = request.num_computed_tokens + request.num_in_flight_tokens
+            known = len(request.token_ids) + request.num_pending_samples
+            if known - start == 1 and start >= len(request.prompt_token_ids):
+                if takes_decode and known < request.max_total_tokens and draft.budget:
+                    self._place(draft, request, start, 1)
+            elif known > start:
+                prefills.append(request)
+        if "prefill" in phases:
+            for request in prefills:
+                if request.status is RequestStatus.RUNNING and draft.budget:
+                    start = request.num_computed_tokens + request.num_in_flight_tokens
+                    self._place(draft, request, start, self._chunk(len(request.token_ids) + request.num_pending_samples - start, draft.budget))
+            self._admit(draft)
+        return self._commit(draft) if draft.rows else None
+
+    def update(self, step: Step, output: ModelRunnerOutput) -> list[RequestUpdate]:
+        """Take in what a step produced; returns what changed for whom. Requests that have finished meanwhile are passed over."""
+        self._end(step)
+        now = self.clock()
+        updates: list[RequestUpdate] = []
+        for request, num_tokens, samples, epoch in step.rows:
+            if request.status is RequestStatus.FINISHED:
+                continue
+            request_id = request.request_id
+            error = output.errors.get(request_id) if output.errors else None
+            if epoch == request.epoch and error is None:
+                request.num_computed_tokens += num_tokens
+                request.num_in_flight_tokens -= num_tokens
+                self.kv.publish(request)
+            tokens = output.token_ids.get(request_id, [])
+            prompt_logprobs = output.prompt_logprobs.get(request_id, []) if output.prompt_logprobs else []
+            if error is None and bool(tokens) != samples:
+                error = f"the executor returned {len(tokens)} tokens for request {request_id} where {int(samples)} was due"
+            if error is not None:
+                self.finish(request, "error", error=error)
+                updates.append(RequestUpdate(request))
+            elif tokens:
+                tokens = self._append(request, tokens, now)
+                logprobs = output.logprobs.get(request_id, [])[: len(tokens)] if output.logprobs else []
+                updates.append(RequestUpdate(request, tokens, logprobs, prompt_logprobs))
+            elif prompt_logprobs:
+                updates.append(RequestUpdate(request, prompt_logprobs=prompt_logprobs))
+        return updates
+
+    def finish(self, request: Request, reason: str, stop_reason: int | str | None = None, error: str | None = None) -> None:
+        """End a request at any time, also while steps with it are in flight: what they bring is dropped."""
+        if request.is_finished:
+            return
+        (self.running if request.status is RequestStatus.RUNNING else self.waiting).remove(request)
+        self._give_up(request)
+        del self._requests[request.request_id]
+        request.status = RequestStatus.FINISHED
+        request.finish_reason, request.stop_reason, request.error = reason, stop_reason, error
+        request.times.finished_s = self.clock()
+
+    def lane_died(self, lane: int, steps: Iterable[Step], cause: str) -> list[RequestUpdate]:
+        """Fence a lane: its steps will never end and touch nothing any more. Its requests go on from what finished steps have stored."""
+        hit: set[Request] = set()
+        for step in steps:
+            self._end(step)
+            for request, num_tokens, _, epoch in step.rows:
+                if epoch == request.epoch:
+                    request.num_in_flight_tokens -= num_tokens
+                if not request.is_finished:
+                    hit.add(request)
+        self._finished_ids.pop(lane, None)
+        for request in self._requests.values():
+            if request.lane == lane:
+                request.lane = NO_LANE
+        updates = []
+        for request in sorted(hit, key=self._order_key):
+            request.num_replays += 1
+            if request.num_replays > MAX_REPLAYS:
+                self.finish(request, "error", error=f"gave up after {request.num_replays} lane deaths with this request in flight: {cause}")
+                updates.append(RequestUpdate(request))
+            elif request.status is RequestStatus.RUNNING and not self.kv.rewind(request):
+                self._preempt(request)
+        return updates
+
+    def refresh_metrics(self) -> EngineMetrics:
+        self.metrics.num_requests_running = len(self.running)
+        self.metrics.num_requests_waiting = len(self.waiting)
+        self.metrics.prefix_cache_queries = self.kv.num_queried_tokens
+        self.metrics.prefix_cache_hits = self.kv.num_hit_tokens
+        self.metrics.kv_cache_usage_perc = self.kv.usage
+        return self.metrics
+
+    def check_integrity(self) -> None:
+        """Raises InternalError unless blocks add up and, with no step in flight, nothing drains."""
+        self.kv.check_integrity()
+        if not self._in_flight and self.kv.num_draining:
+            raise InternalError(f"{self.model}: {self.kv.num_draining} blocks drain for no step")
+        if any(not self.kv.holds(r) for r in self.running) or any(self.kv.holds(r) for r in self.waiting):
+            raise InternalError(f"{self.model}: the block tables are not those of the running requests")
+
+    def _place(self, draft: _Draft, request: Request, start: int, num_tokens: int) -> None:
+        """Give a running request a row, preempting the last in order while memory is short."""
+        if not num_tokens:
+            return
+        fence = self._fence(request) if request.num_in_flight_steps else None
+        while (new := self.kv.allocate(request, start, num_tokens, fence)) is None:
+            draft.short_of_memory = True
+            victim = self.running[-1]
+            if self.kv.num_draining or (victim is request and len(self.running) > 1):
+                return  # blocks are about to come back, or earlier requests go on and this one waits with what it has
+            if victim in draft.rows:
+                draft.budget += draft.rows.pop(victim)[1]
+            self._preempt(victim)
+            if victim is request:
+                return
+        draft.rows[request] = (start, num_tokens, new)
+        draft.budget -= num_tokens
+
+    def _admit(self, draft: _Draft) -> None:
+        """Start waiting requests, in order, while they fit."""
+        while self.waiting and len(self.running) < self.config.max_num_seqs and draft.budget and not draft.short_of_memory:
+            request = self.waiting[0]
+            if request.num_in_flight_steps or self._blocked == (request, self.kv.arena.num_releases):
+                return
+            row = self._try_admit(request, draft.budget)
+            if row is None and not self.running and not self.kv.num_draining:
+                self.kv.drop_cached()  # what is cached may lie so scattered that it keeps slabs from the group that needs one
+                row = self._try_admit(request, draft.budget)
+            if row is None:
+                self._blocked = (request, self.kv.arena.num_releases)
+                return
+            self.waiting.pop(0)
+            insort(self.running, request, key=self._order_key)
+            request.status = RequestStatus.RUNNING
+            if request.times.first_scheduled_s is None:
+                request.times.first_scheduled_s = self.clock()
+                request.num_cached_tokens = row[0]
+            request.num_computed_tokens = row[0]
+            draft.rows[request] = row
+            draft.budget -= row[1]
+
+    def _try_admit(self, request: Request, budget: int) -> tuple[int, int, NewBlocks] | None:
+        start = self.kv.get_computed(request)
+        known = len(request.token_ids)
+        num_tokens = self._chunk(known - start, budget)
+        if num_tokens and self.kv.could_hold(request, known):
+            new = self.kv.allocate(request, start, num_tokens, None)
+            if new is not None:
+                return start, num_tokens, new
+        self.kv.free(request, None)
+        return None
+
+    def _chunk(self, remaining: int, budget: int) -> int:
+        if not self.config.enable_chunked_prefill:
+            return remaining if remaining <= budget else 0
+        return min(remaining, budget, self.config.long_prefill_token_threshold or budget)
+
+    def _commit(self, draft: _Draft) -> Step:
+        """Count the rows as in flight and write down what changed since the lane last heard."""
+        lane, step_id = draft.lane, self._num_steps
+        self._num_steps += 1
+        output = SchedulerOutput(step_id, self.model, {}, finished_ids=self._finished_ids.pop(lane, []))
+        has_windows = any(g.sliding_window is not None for g in self.kv.groups)
+        rows: list[tuple[Request, int, bool, int]] = []
+        for request, (start, num_tokens, new) in draft.rows.items():
+            if request.lane == lane:
+                freed = self.kv.num_dead(request) if has_windows and new is not NOTHING_NEW else ()
+                output.cached_requests.append(CachedRequest(request.request_id, start, (), new, freed))
+            else:
+                self._forget(request)
+                request.lane = lane
+                output.new_requests.append(self._describe(request, start))
+            samples = start + num_tokens == len(request.token_ids) + request.num_pending_samples
+            output.num_scheduled_tokens[request.request_id] = num_tokens
+            request.num_in_flight_tokens += num_tokens
+            request.num_in_flight_steps += 1
+            request.num_pending_samples += samples
+            request.last_step_id = step_id
+            rows.append((request, num_tokens, samples, request.epoch))
+        step = self._in_flight[step_id] = Step(step_id, lane, output, rows)
+        return step
+
+    def _describe(self, request: Request, start: int) -> NewRequest:
+        return NewRequest(
+            request.request_id,
+            list(request.token_ids),
+            request.num_prompt_tokens,
+            start,
+            request.sampling_params,
+            self.kv.tables(request),
+            request.adapter_id,
+        )
+
+    def _append(self, request: Request, tokens: list[int], now: float) -> list[int]:
+        """Add sampled tokens up to the one that ends the request, if any; returns those added."""
+        times = request.times
+        if times.first_token_s is None:
+            times.first_token_s = now
+        times.last_token_s = now
+        for count, token in enumerate(tokens, 1):
+            request.token_ids.append(token)
+            self.metrics.generation_tokens += 1
+            if token in request.stop_ids and request.num_output_tokens >= request.sampling_params.min_tokens:
+                named = token in (request.sampling_params.stop_token_ids or ())
+                self.finish(request, "stop", token if named else None)
+            elif len(request.token_ids) >= request.max_total_tokens:
+                self.finish(request, "length")
+            else:
+                continue
+            return tokens[:count]
+        return tokens
+
+    def _end(self, step: Step) -> None:
+        del self._in_flight[step.step_id]
+        self.kv.ended(step.drains)
+        for request, _, samples, _ in step.rows:
+            request.num_in_flight_steps -= 1
+            request.num_pending_samples -= samples
+
+    def _preempt(self, request: Request) -> None:
+        self.running.remove(request)
+        self._give_up(request)
+        request.num_preemptions += 1
+        self.metrics.num_preemptions += 1
+        self._wait(request, RequestStatus.PREEMPTED)
+
+    def _wait(self, request: Request, status: RequestStatus) -> None:
+        request.status = status
+        insort(self.waiting, request, key=self._order_key)
+
+    def _give_up(self, request: Request) -> None:
+        """Drop blocks and whatever a lane knows; steps in flight from before count for nothing but their samples."""
+        self.kv.free(request, self._fence(request))
+        self._forget(request)
+        request.epoch += 1
+        request.num_computed_tokens = request.num_in_flight_tokens = 0
+
+    def _fence(self, request: Request) -> Drains | None:
+        step = self._in_flight.get(request.last_step_id)
+        return step.drains if step else None
+
+    def _forget(self, request: Request) -> None:
+        if request.lane != NO_LANE:
+            self._finished_ids.setdefault(request.lane, []).append(request.request_id)
+            request.lane = NO_LANE
