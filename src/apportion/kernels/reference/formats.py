@@ -48,7 +48,7 @@ def read_blocks(arena: Tensor, group: KVGroupSpec, layer_offset: int, entries: T
     pieces = arena.view(-1, _PIECE)
     first = entries.long() * (UNIT_BYTES // _PIECE) + layer_offset // _PIECE
     rows = first[:, None] + torch.arange(group.layer_bytes // _PIECE)
-    stored = pieces.index_select(0, rows.flatten()).view(len(entries), -1).view(TORCH_DTYPES[group.format.name])
+    stored = pieces.index_select(0, rows.flatten()).view(len(entries), group.layer_bytes).view(TORCH_DTYPES[group.format.name])
     k, v = split_block(stored, group)
     return k.flatten(0, 1).float(), v.flatten(0, 1).float()
 
