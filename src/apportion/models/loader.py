@@ -50,23 +50,30 @@ class LoadedModel:
 
 
 def load_model(
-    config: ModelConfig, spec: ModelSpec, ops: Ops, group: ParallelGroup | None = None, progress: Progress | None = None
+    config: ModelConfig,
+    spec: ModelSpec,
+    ops: Ops,
+    group: ParallelGroup | None = None,
+    progress: Progress | None = None,
+    create_arena: Callable[[int], Arena] = Arena.create,
 ) -> LoadedModel:
     """Build the model of `spec`, pack this rank's part of the checkpoint `config.model` into a new arena.
 
-    progress: called with (bytes done, bytes in all). Errors: CheckpointError naming missing, unexpected, misshapen or truncated tensors.
+    progress: called with (bytes done, bytes in all). create_arena: the platform's. Errors: CheckpointError naming missing, unexpected, misshapen or truncated tensors.
     """
     dtype = spec.dtype if config.dtype == "auto" else config.dtype
     model = build_model(spec, ops, group or ParallelGroup(), dtype)
     manifest = layout(model, dtype)
     layers = weight_layers(model)
     if config.load_format == "dummy":
-        arena = _bound_arena(layers, manifest)
+        arena = create_arena(manifest["nbytes"])
+        _bind(layers, manifest, arena)
         _fill_dummy(layers, config.seed)
     else:
         checkpoint = Checkpoint(resolve_folder(config.model, config.revision))
         sources = match_sources(layers, checkpoint, spec)
-        arena = _bound_arena(layers, manifest)  # late: loads refer to layers, and a bad checkpoint should cost no memory
+        arena = create_arena(manifest["nbytes"])  # after the checks: a bad checkpoint costs no memory
+        _bind(layers, manifest, arena)
         _stream(checkpoint, sources, progress or _silent)
     return LoadedModel(model, arena, manifest)
 
@@ -140,12 +147,6 @@ def match_sources(layers: Iterable[WeightLayer], checkpoint: Checkpoint, spec: M
 def _some(names: list[str], limit: int = 5) -> str:
     more = f" and {len(names) - limit} more" if len(names) > limit else ""
     return ", ".join(names[:limit]) + more
-
-
-def _bound_arena(layers: list[WeightLayer], manifest: Mapping[str, Any]) -> Arena:
-    arena = Arena.create(manifest["nbytes"])
-    _bind(layers, manifest, arena)
-    return arena
 
 
 def _bind(layers: list[WeightLayer], manifest: Mapping[str, Any], arena: Arena) -> None:

@@ -1,0 +1,110 @@
+"""Checkpoints made by transformers, and a driver that runs a model over paged attention without an engine."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+import torch
+
+from apportion.attention.backend import AttentionMetadata, ForwardContext
+from apportion.core.config import ModelConfig
+from apportion.core.errors import Unsupported
+from apportion.kernels.dispatch import select_ops
+from apportion.layers.attention import bind_paged_attention
+from apportion.models.checkpoint import read_spec
+from apportion.models.loader import load_model
+from apportion.platforms.platform import select_platform
+
+BLOCK_SIZE = 32
+
+
+class Driver:
+    """Requests with a fixed run of blocks each, stepped together. dtype is float32 throughout."""
+
+    def __init__(self, folder: Path, kernels: str, max_len: int = 256, max_requests: int = 20) -> None:
+        spec = read_spec(folder)
+        ops = select_ops(select_platform("cpu"), prefer=kernels)
+        self.loaded = load_model(ModelConfig(model=str(folder), dtype="float32"), spec, ops)
+        self.model = self.loaded.model
+        groups = spec.kv_groups("float32", BLOCK_SIZE)
+        per_request = -(-max_len // BLOCK_SIZE)
+        sizes = [max_requests * per_request * group.block_bytes for group in groups]
+        self.arena = torch.zeros(sum(sizes), dtype=torch.uint8)
+        self.tables = []
+        for group, size, start in zip(groups, sizes, [sum(sizes[:i]) for i in range(len(sizes))], strict=True):
+            entries = torch.arange(start, start + size, group.block_bytes) // 256
+            self.tables.append(entries.int().view(max_requests, per_request).flip(1).contiguous())  # blocks need not be in order
+        self.backends = bind_paged_attention(self.model, self.model.site, groups, self.arena, max_len)
+
+    def step(self, tokens: list[list[int]], computed: list[int]) -> torch.Tensor:
+        """The next tokens of each request, after `computed` ones -> logits of all rows."""
+        counts = torch.tensor([len(row) for row in tokens])
+        starts = torch.cat([torch.zeros(1, dtype=torch.int64), counts.cumsum(0)]).int()
+        seq_lens = (counts + torch.tensor(computed)).int()
+        positions = torch.cat([torch.arange(c, c + len(row)) for row, c in zip(tokens, computed, strict=True)]).int()
+        metadata = tuple(
+            backend.plan(AttentionMetadata(len(tokens), len(positions), starts, seq_lens, table[: len(tokens)].contiguous()))
+            for backend, table in zip(self.backends, self.tables, strict=True)
+        )
+        flat = torch.tensor([token for row in tokens for token in row], dtype=torch.int32)
+        hidden = self.model.forward(flat, ForwardContext(positions, metadata))
+        return self.model.compute_logits(hidden)
+
+    def generate(self, prompts: list[list[int]], num_tokens: int, chunk: int = 7) -> list[list[int]]:
+        """Greedy. Prompts are computed in chunks while earlier requests already decode."""
+        known = [list(prompt) for prompt in prompts]
+        computed = [0] * len(prompts)
+        while any(len(row) < len(prompt) + num_tokens for row, prompt in zip(known, prompts, strict=True)):
+            pieces = [row[c : c + chunk] for row, c in zip(known, computed, strict=True)]
+            logits = self.step(pieces, computed)
+            last = torch.tensor([len(piece) for piece in pieces]).cumsum(0) - 1
+            sampled = logits[last].argmax(dim=-1).tolist()
+            for i, piece in enumerate(pieces):
+                computed[i] += len(piece)
+                if computed[i] == len(known[i]) and len(known[i]) < len(prompts[i]) + num_tokens + 1:
+                    known[i].append(sampled[i])
+        return [row[len(prompt) : len(prompt) + num_tokens] for row, prompt in zip(known, prompts, strict=True)]
+
+
+@pytest.fixture(scope="session")
+def make_driver():
+    """A function (folder, kernels) -> Driver; skips where this machine has no such kernels."""
+    torch.set_num_threads(1)
+
+    def make(folder: Path, kernels: str, **limits: int) -> Driver:
+        try:
+            return Driver(folder, kernels, **limits)
+        except Unsupported as error:
+            pytest.skip(str(error))
+
+    with torch.inference_mode():
+        yield make
+
+
+def randomize(model: torch.nn.Module, seed: int) -> None:
+    """Weights with which every part matters: biases and norms too, and logits far enough apart for greedy tokens to be certain."""
+    generator = torch.Generator().manual_seed(seed)
+    for parameter in model.parameters():
+        values = torch.randn(parameter.shape, generator=generator)
+        if parameter.ndim == 1:
+            parameter.data = (parameter.data + 0.2 * values).to(parameter.dtype)
+        else:
+            parameter.data = (values * parameter.shape[-1] ** -0.5 * 1.5).to(parameter.dtype)
+
+
+@pytest.fixture(scope="session")
+def make_checkpoint(tmp_path_factory):
+    """A function (config class name, fields, dtype, shard size) -> (folder, the transformers model of that folder in float32)."""
+    transformers = pytest.importorskip("transformers")
+
+    def make(name: str, fields: dict, dtype: str = "float32", shard_size: str = "5GB", seed: int = 0):
+        config = getattr(transformers, name)(**fields)
+        model = transformers.AutoModelForCausalLM.from_config(config)
+        randomize(model, seed)
+        folder = tmp_path_factory.mktemp(name)
+        model.to(getattr(torch, dtype)).save_pretrained(folder, max_shard_size=shard_size)
+        reference = transformers.AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32, attn_implementation="eager")
+        return folder, reference.eval()
+
+    return make
