@@ -1,0 +1,116 @@
+"""Runs requests through an engine that is made as a test says, and gives back what each request got."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable, Iterable, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from pathlib import Path
+
+from apportion.core.config import CacheConfig, EngineConfig, LaneConfig, ModelConfig, ParallelConfig, SchedulerConfig
+from apportion.core.kv_spec import KVGroupSpec
+from apportion.core.model_spec import ModelSpec
+from apportion.core.request import Request
+from apportion.core.sampling_params import SamplingParams
+from apportion.engine.engine import Engine
+from apportion.engine.executor.factory import ExecutorFactory
+from apportion.kvcache.arena import Arena, choose_slab_bytes
+
+NAME = "model"
+PREFILL, DECODE = frozenset({"prefill"}), frozenset({"decode"})
+
+
+@dataclass(frozen=True)
+class Result:
+    """token_ids and, where asked for, the log-probability of each; compared bit by bit."""
+
+    token_ids: tuple[int, ...]
+    logprobs: tuple[float, ...]
+    error: str | None
+
+
+@dataclass(frozen=True, kw_only=True)
+class Setup:
+    """How an engine is made. kv_blocks: KV memory in blocks of the (first) layer group."""
+
+    model: Path
+    dtype: str = "float32"
+    kernels: str = "auto"
+    kv_blocks: int = 512
+    num_threads: int | None = 1
+    budget: int = 2048
+    max_num_seqs: int = 256
+    prefix_caching: bool = False
+    tensor_parallel_size: int = 1
+    lanes: tuple[LaneConfig, ...] = (LaneConfig(),)
+
+    @property
+    def config(self) -> EngineConfig:
+        return EngineConfig(
+            models=(ModelConfig(model=str(self.model), name=NAME, dtype=self.dtype),),
+            cache=CacheConfig(enable_prefix_caching=self.prefix_caching),
+            scheduler=SchedulerConfig(max_num_batched_tokens=self.budget, max_num_seqs=self.max_num_seqs),
+            parallel=ParallelConfig(tensor_parallel_size=self.tensor_parallel_size),
+            lanes=self.lanes,
+            kernels=self.kernels,
+            num_threads=self.num_threads,
+        )
+
+
+@dataclass
+class Running:
+    """An engine with its model loaded. preemptions and prefix hits tell a test that what it is about did happen."""
+
+    engine: Engine
+    groups: tuple[KVGroupSpec, ...]
+    eos_token_ids: frozenset[int]
+    num_requests: int = 0
+    on_step: list[Callable[[Engine], None]] = field(default_factory=list)
+
+    def generate(self, prompts: Iterable[Sequence[int]], params: SamplingParams | Sequence[SamplingParams]) -> list[Result]:
+        """All prompts at once, to the end."""
+        prompts = list(prompts)
+        each = [params] * len(prompts) if isinstance(params, SamplingParams) else params
+        requests, found = [], {}
+        for prompt, one in zip(prompts, each, strict=True):
+            self.num_requests += 1
+            request = Request(f"request-{self.num_requests}", NAME, list(prompt), one, self.eos_token_ids)
+            requests.append(request)
+            self.engine.add_request(request)
+            found[request.request_id] = []
+        while self.engine.has_unfinished:
+            for update in self.engine.step(timeout_s=5.0):
+                found[update.request.request_id] += [entry.logprobs[0] for entry in update.logprobs]
+            for hook in self.on_step:
+                hook(self.engine)
+        self.engine.check_integrity()
+        return [Result(tuple(r.output_token_ids), tuple(found[r.request_id]), r.error) for r in requests]
+
+    @property
+    def metrics(self):
+        return self.engine.metrics()[NAME]
+
+
+@contextmanager
+def running(setup: Setup):
+    """An engine made by `setup`, shut down at the end."""
+    config = setup.config
+    spec = ModelSpec.from_hf(json.loads((setup.model / "config.json").read_text()))
+    kv_dtype = spec.dtype if setup.dtype == "auto" else setup.dtype
+    groups = spec.kv_groups(kv_dtype, config.cache.block_size, setup.tensor_parallel_size)
+    num_bytes = setup.kv_blocks * groups[0].block_bytes
+    arena = Arena(num_bytes, choose_slab_bytes([group.block_bytes for group in groups], num_bytes))
+    executors = ExecutorFactory(config, arena.num_bytes)
+    engine = Engine(config.lanes, executors, arena, config.scheduler, config.cache)
+    try:
+        engine.add_model(config.models[0], spec, groups)
+        yield Running(engine, groups, frozenset(spec.eos_token_ids))
+    finally:
+        engine.shutdown()
+        executors.close()
+
+
+def generate(setup: Setup, prompts: Iterable[Sequence[int]], params: SamplingParams | Sequence[SamplingParams]) -> list[Result]:
+    with running(setup) as run:
+        return run.generate(prompts, params)
