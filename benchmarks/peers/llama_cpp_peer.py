@@ -9,12 +9,13 @@ from pathlib import Path
 import llama_cpp as lib
 import numpy as np
 from gguf_convert import convert
-from protocol import VOCAB, Timing, serve
+from protocol import VOCAB, Timing, claim_stdout, serve
 
 MAX_TOKENS = 2048  # of one llama_decode call: 16 prompts of 128
 
 
 def main() -> None:
+    answers = claim_stdout()
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("model", type=Path)
     parser.add_argument("--threads", type=int, default=2)
@@ -74,7 +75,7 @@ def main() -> None:
         return [int(np.ctypeslib.as_array(lib.llama_get_logits_ith(ctx, i), (VOCAB,)).argmax()) for i in wanted]
 
     note = lib.llama_print_system_info().decode().strip()
-    serve({"engine": "llama.cpp", "version": f"llama-cpp-python {lib.__version__}", "dtype": args.dtype, "note": note}, generate)
+    serve(answers, {"engine": "llama.cpp", "version": f"llama-cpp-python {lib.__version__}", "dtype": args.dtype, "note": note}, generate)
 
 
 if __name__ == "__main__":

@@ -13,6 +13,7 @@ import random
 import sys
 from collections.abc import Callable
 from dataclasses import asdict, dataclass
+from typing import TextIO
 
 VOCAB = 32000
 
@@ -33,10 +34,15 @@ def random_prompts(batch: int, prompt_len: int, seed: int) -> list[list[int]]:
     return [[numbers.randrange(3, VOCAB) for _ in range(prompt_len)] for _ in range(batch)]
 
 
-def serve(about: dict[str, str], generate: Generate) -> None:
-    """Answer requests until stdin closes. What libraries print goes to stderr: stdout carries answers alone."""
+def claim_stdout() -> TextIO:
+    """Called first: stdout carries answers alone, what libraries print there goes to stderr."""
     answers = os.fdopen(os.dup(1), "w")
     os.dup2(2, 1)
+    return answers
+
+
+def serve(answers: TextIO, about: dict[str, str], generate: Generate) -> None:
+    """Answer requests until stdin closes."""
     generate(random_prompts(1, 32, seed=0), 8)
     print(json.dumps(about), file=answers, flush=True)
     for line in sys.stdin:

@@ -7,10 +7,11 @@ import time
 
 import torch
 import transformers
-from protocol import Timing, serve
+from protocol import Timing, claim_stdout, serve
 
 
 def main() -> None:
+    answers = claim_stdout()
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("model")
     parser.add_argument("--threads", type=int, default=2)
@@ -36,7 +37,7 @@ def main() -> None:
         return model(token_ids, past_key_values=cache, use_cache=True, logits_to_keep=1).logits[:, -1].argmax(-1, keepdim=True)
 
     about = {"engine": "transformers", "version": transformers.__version__, "dtype": args.dtype, "note": f"torch {torch.__version__}"}
-    serve(about, generate)
+    serve(answers, about, generate)
 
 
 if __name__ == "__main__":
