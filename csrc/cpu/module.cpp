@@ -14,6 +14,7 @@ namespace apportion {
 
 // One function per kernel file; each binds its own entries.
 void bind_linear(nb::module_& m);
+void bind_bandwidth(nb::module_& m);
 
 static nb::dict features() {
   nb::dict sets;
@@ -43,4 +44,5 @@ NB_MODULE(_cpu, m) {
       .def_prop_ro("num_threads", &ThreadTeam::num_threads)
       .def_prop_ro("cores", &ThreadTeam::cores);
   bind_linear(m);
+  bind_bandwidth(m);
 }
