@@ -51,7 +51,8 @@ class EngineModel:
 class Engine:
     """Holds models and lanes. Not thread-safe: one thread calls `step`, `add_request` and `abort`.
 
-    make_executor: starts an executor for a lane, over the KV memory that `arena` describes. output_processor: None leaves tokens as they are.
+    make_executor: starts an executor for a lane, over the KV memory that `arena` describes. output_processor: None leaves tokens as
+    they are.
     """
 
     def __init__(
@@ -251,7 +252,8 @@ class Engine:
                 if lane.serves(name):
                     lane.executor.load_model(model.config, model.spec, model.kv_groups, model.weights)
         except ApportionError as error:
-            self._death = ExecutorDied(f"lane {lane.config.name!r} died and could not be started again: {error}", getattr(error, "cause", None))
+            cause = getattr(error, "cause", None)
+            self._death = ExecutorDied(f"lane {lane.config.name!r} died and could not be started again: {error}", cause)
             return False
         return True
 

@@ -22,7 +22,7 @@ from apportion.core.schedule import CachedRequest, ModelRunnerOutput, NewRequest
 from apportion.engine.policies import POLICIES
 from apportion.kvcache.kv_cache_manager import NOTHING_NEW, Drains, KVCacheManager, NewBlocks
 
-MAX_REPLAYS = 2  # a request that was in flight in more lane deaths than this is taken for their cause
+MAX_REPLAYS = 2  # a request that was in flight in more lane deaths in a row than this is taken for their cause
 
 
 @dataclass(slots=True, eq=False)
@@ -86,7 +86,8 @@ class Scheduler:
             raise InvalidRequest("the prompt is empty; give at least one token")
         if num_prompt >= self.max_model_len:
             raise InvalidRequest(
-                f"the prompt has {num_prompt} tokens and max_model_len is {self.max_model_len}: at most {self.max_model_len - 1} leave room for output"
+                f"the prompt has {num_prompt} tokens and max_model_len is {self.max_model_len}:"
+                f" at most {self.max_model_len - 1} leave room for output"
             )
         limit = self.max_model_len if params.max_tokens is None else min(self.max_model_len, num_prompt + params.max_tokens)
         most = self.kv.max_request_len() + 1  # the last token is never stored
@@ -140,7 +141,8 @@ class Scheduler:
             for request in prefills:
                 if request.status is RequestStatus.RUNNING and draft.budget:
                     start = request.num_computed_tokens + request.num_in_flight_tokens
-                    self._place(draft, request, start, self._chunk(len(request.token_ids) + request.num_pending_samples - start, draft.budget))
+                    known = len(request.token_ids) + request.num_pending_samples
+                    self._place(draft, request, start, self._chunk(known - start, draft.budget))
             self._admit(draft)
         return self._commit(draft) if draft.rows else None
 
@@ -157,6 +159,7 @@ class Scheduler:
             if epoch == request.epoch and error is None:
                 request.num_computed_tokens += num_tokens
                 request.num_in_flight_tokens -= num_tokens
+                request.num_replays = 0
                 self.kv.publish(request)
             tokens = output.token_ids.get(request_id, [])
             prompt_logprobs = output.prompt_logprobs.get(request_id, []) if output.prompt_logprobs else []

@@ -41,8 +41,8 @@ class _Tables:
 class KVCacheManager:
     """Blocks of one model on one arena.
 
-    groups: its layer groups. version: names the model and its KV format for the prefix cache. max_chunk: the most tokens of one request in a
-    step, which bounds what a window group holds at once.
+    groups: its layer groups. version: names the weights for the prefix cache. max_chunk: the most tokens of one request in a step, which
+    bounds what a window group holds at once.
     """
 
     def __init__(
@@ -257,7 +257,7 @@ class KVCacheManager:
 
     def _refresh(self, state: _Tables) -> None:
         state.capacity = min(len(t) * g.block_size for t, g in zip(state.tables, self.groups, strict=True))
-        state.next_death = min(
-            ((d + 1) * g.block_size + g.sliding_window - 1 for d, g in zip(state.dead, self.groups, strict=True) if g.sliding_window is not None),
-            default=2**62,
-        )
+        state.next_death = 2**62
+        for spec, dead in zip(self.groups, state.dead, strict=True):
+            if spec.sliding_window is not None:
+                state.next_death = min(state.next_death, (dead + 1) * spec.block_size + spec.sliding_window - 1)

@@ -3,7 +3,6 @@ sent, so that a wrong entry, a stale prefix hit or a block reused too early show
 
 from __future__ import annotations
 
-import random
 from collections import deque
 from hashlib import blake2b
 
@@ -91,19 +90,20 @@ class FakeExecutor:
         for known in step.cached_requests:
             tokens, tables = self.requests[model, known.request_id]
             tokens += known.new_token_ids
-            for table, entries in zip(tables, known.new_blocks):
+            for table, entries in zip(tables, known.new_blocks, strict=False):
                 table += entries
-            for table, dead in zip(tables, known.freed_blocks):
+            for table, dead in zip(tables, known.freed_blocks, strict=False):
                 table[:dead] = [-1] * dead
         for op in step.kv_ops:
             assert op.kind in (KVOpKind.COPY, KVOpKind.MOVE)
-            self.memory[op.dst * UNIT_BYTES : op.dst * UNIT_BYTES + op.num_bytes] = self.memory[op.src * UNIT_BYTES : op.src * UNIT_BYTES + op.num_bytes]
+            source, target = op.src * UNIT_BYTES, op.dst * UNIT_BYTES
+            self.memory[target : target + op.num_bytes] = self.memory[source : source + op.num_bytes]
         starts = {r.request_id: r.num_computed_tokens for r in [*step.new_requests, *step.cached_requests]}
         output = ModelRunnerOutput(step.step_id, model, {})
         for request_id, count in step.num_scheduled_tokens.items():  # all writes of a step come before its reads, as in a batch
             tokens, tables = self.requests[model, request_id]
             for position in range(starts[request_id], starts[request_id] + count):
-                for group, table in zip(groups, tables):
+                for group, table in zip(groups, tables, strict=True):
                     self._cell(group, table, position)[:] = tokens[position].to_bytes(CELL)
         for request_id, count in step.num_scheduled_tokens.items():
             tokens, tables = self.requests[model, request_id]
@@ -111,8 +111,8 @@ class FakeExecutor:
             if request_id in self.bad_requests:
                 output.errors[request_id] = "told to fail"
             elif end == len(tokens):
-                read = [[int.from_bytes(self._cell(g, t, p)) for p in visible(range(end), g.sliding_window)] for g, t in zip(groups, tables)]
-                tokens.append(next_token(model, read))
+                seen = [(g, t, visible(range(end), g.sliding_window)) for g, t in zip(groups, tables, strict=True)]
+                tokens.append(next_token(model, [[int.from_bytes(self._cell(g, t, p)) for p in positions] for g, t, positions in seen]))
                 output.token_ids[request_id] = [tokens[-1]]
         return output
 
@@ -121,7 +121,3 @@ class FakeExecutor:
         assert entry >= 0, "a dead block is touched"
         start = entry * UNIT_BYTES + position % group.block_size * CELL
         return memoryview(self.memory)[start : start + CELL]
-
-
-def random_latency(seed):
-    return random.Random(seed)
