@@ -5,12 +5,14 @@
 
 namespace apportion::APPORTION_ISA {
 
+extern const ElementwiseKernels elementwise_kernels;
 extern const LinearKernels linear_kernels;
 
 extern const KernelTable table;
 const KernelTable table = {
     .isa = APPORTION_STRINGIFY(APPORTION_ISA) + 4,  // without "isa_"
     .linear = &linear_kernels,
+    .elementwise = &elementwise_kernels,
 };
 
 }  // namespace apportion::APPORTION_ISA

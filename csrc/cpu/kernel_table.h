@@ -4,11 +4,13 @@
 
 namespace apportion {
 
+struct ElementwiseKernels;
 struct LinearKernels;
 
 struct KernelTable {
   const char* isa;
   const LinearKernels* linear;
+  const ElementwiseKernels* elementwise;
 };
 
 // The table chosen for this process (isa.cpp).

@@ -8,16 +8,6 @@ namespace apportion::APPORTION_ISA {
 
 namespace {
 
-constexpr int64_t INLINE_WORK = 1 << 15;  // multiply-adds (or elements moved) below which waking the team costs more than it brings
-
-template <typename F>
-inline void share(ThreadTeam& team, int64_t num_items, int64_t work, F&& f) {
-  if (work <= INLINE_WORK)
-    for (int64_t item = 0; item < num_items; ++item) f(item, 0);
-  else
-    team.run(num_items, f);
-}
-
 // ---- multiply ---------------------------------------------------------------------------------------------------------------
 
 constexpr size_t SCRATCH_BYTES = K_BLOCK * PANEL * sizeof(float);

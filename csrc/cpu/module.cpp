@@ -15,6 +15,7 @@ namespace apportion {
 // One function per kernel file; each binds its own entries.
 void bind_linear(nb::module_& m);
 void bind_bandwidth(nb::module_& m);
+void bind_elementwise(nb::module_& m);
 
 static nb::dict features() {
   nb::dict sets;
@@ -45,4 +46,5 @@ NB_MODULE(_cpu, m) {
       .def_prop_ro("cores", &ThreadTeam::cores);
   bind_linear(m);
   bind_bandwidth(m);
+  bind_elementwise(m);
 }

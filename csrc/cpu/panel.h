@@ -5,6 +5,7 @@
 // it is one tile instruction per 32 channels of x rounded to bf16.
 #pragma once
 #include "linear.h"
+#include "share.h"
 #include "simd.h"
 
 namespace apportion::APPORTION_ISA {
@@ -18,11 +19,6 @@ constexpr bool TILES = false;
 APPORTION_INLINE bool uses_tiles(DType dtype) { return TILES && dtype == DType::BF16; }
 
 APPORTION_INLINE void prefetch(const std::byte* p) { __builtin_prefetch(p, 0, 3); }
-APPORTION_INLINE void prefetch_l2(const std::byte* p) { __builtin_prefetch(p, 0, 2); }
-
-APPORTION_INLINE int64_t smaller(int64_t a, int64_t b) { return a < b ? a : b; }
-APPORTION_INLINE int64_t larger(int64_t a, int64_t b) { return a > b ? a : b; }
-APPORTION_INLINE int64_t ceil_div(int64_t a, int64_t b) { return (a + b - 1) / b; }
 
 // ---- vectors ----------------------------------------------------------------------------------------------------------------
 

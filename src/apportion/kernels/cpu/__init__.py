@@ -1,1 +1,38 @@
 """The CPU kernels of csrc/cpu, bound. Knows the compiled module and why it may be absent; must not know models or engine."""
+
+from functools import partial
+from typing import Any
+
+from apportion.core.env import ENV
+from apportion.kernels.cpu import extension
+from apportion.kernels.dispatch import Capability, Implementation
+from apportion.platforms.platform import ComputeShare
+
+OPS = ("linear", "rms_norm", "add_rms_norm", "silu_mul", "route")
+ROUNDS_ACTIVATIONS = {"amx": ("bfloat16",)}  # matrix tiles multiply bf16 by bf16
+RANKS = {"generic": 10, "avx2": 20, "avx512": 30, "amx": 40}
+
+
+def _make(isa: str, share: ComputeShare | None) -> Any:
+    import os
+
+    import torch
+
+    from apportion.kernels.cpu.ops import CpuOps
+
+    torch.set_num_threads(1)  # the team's threads do the work; torch's own would compete with them for the cores
+    cores = list(share.cores) if share else []
+    return CpuOps(extension.load().ThreadTeam(len(cores) or len(os.sched_getaffinity(0)), cores), isa)
+
+
+def implementations() -> list[Implementation]:
+    """One for every instruction set compiled, best last; where nothing is compiled, one that says why."""
+    sets = extension.features()["sets"] or {"generic": {"available": False, "reason": extension.ABSENT}}
+    found = []
+    for isa, state in sets.items():
+        unavailable = "" if state["available"] else f"this processor {state['reason']}" if extension.available() else state["reason"]
+        if ENV.isa and isa != ENV.isa:
+            unavailable = f"APPORTION_ISA pins '{ENV.isa}'"
+        capability = Capability("cpu", isa, OPS, batch_invariant=True, rounds_activations=ROUNDS_ACTIVATIONS.get(isa, ()))
+        found.append(Implementation(f"cpu-{isa}", RANKS[isa], capability, partial(_make, isa), unavailable))
+    return found

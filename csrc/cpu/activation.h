@@ -1,0 +1,15 @@
+// silu(gate) * up, shared by the operator and the experts.
+#pragma once
+#include "simd.h"
+
+namespace apportion::APPORTION_ISA {
+
+APPORTION_INLINE V gate(V g, V up) { return g / (set1(1.f) + exp(zero() - g)) * up; }
+
+static inline void gate_row(const float* g, const float* up, float* out, int64_t n) {
+  int64_t i = 0;
+  for (; i + WIDTH <= n; i += WIDTH) store(out + i, gate(load(g + i), load(up + i)));
+  if (i < n) store_n(out + i, gate(load_n(g + i, int(n - i)), load_n(up + i, int(n - i))), int(n - i));
+}
+
+}  // namespace apportion::APPORTION_ISA

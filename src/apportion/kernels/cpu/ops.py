@@ -1,0 +1,31 @@
+"""The CPU operators as one set for one thread team and one instruction set."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from apportion.kernels.cpu.elementwise import Elementwise
+from apportion.kernels.cpu.extension import load
+from apportion.kernels.cpu.linear import PackedLinear
+from apportion.kernels.ops import LinearSpec
+
+
+class CpuOps:
+    """`kernels.ops.Ops` on the CPU.
+
+    team: the `_cpu.ThreadTeam` whose threads compute; the calling thread is its first. isa: pins an instruction set, None takes
+    the chosen one. Objects made by a CpuOps keep its set; several sets may live side by side (tests compare them).
+    """
+
+    def __init__(self, team: Any, isa: str | None = None) -> None:
+        self._module = load()
+        self.team = team
+        self.isa: str = isa or self._module.features()["isa"]
+        self.name = f"cpu-{self.isa}"
+        self._module.select_isa(self.isa)
+        rows = Elementwise(team)
+        self.rms_norm, self.add_rms_norm, self.silu_mul, self.route = rows.rms_norm, rows.add_rms_norm, rows.silu_mul, rows.route
+
+    def linear(self, spec: LinearSpec) -> PackedLinear:
+        self._module.select_isa(self.isa)
+        return PackedLinear(self.team, spec)
