@@ -6,6 +6,7 @@ the packed size and about one tensor.
 
 from __future__ import annotations
 
+import json
 import re
 import zlib
 from collections.abc import Callable, Iterable, Iterator, Mapping
@@ -59,7 +60,8 @@ def load_model(
 ) -> LoadedModel:
     """Build the model of `spec`, pack this rank's part of the checkpoint `config.model` into a new arena.
 
-    progress: called with (bytes done, bytes in all). create_arena: the platform's. Errors: CheckpointError naming missing, unexpected, misshapen or truncated tensors.
+    progress: called with (bytes done, bytes in all). create_arena: the platform's.
+    Errors: CheckpointError naming missing, unexpected, misshapen or truncated tensors.
     """
     dtype = spec.dtype if config.dtype == "auto" else config.dtype
     model = build_model(spec, ops, group or ParallelGroup(), dtype)
@@ -106,13 +108,13 @@ def weight_layers(model: CausalLM) -> list[WeightLayer]:
 
 
 def layout(model: CausalLM, dtype: str) -> dict[str, Any]:
-    """The manifest: where each layer's bytes lie."""
+    """The manifest: where each layer's bytes lie. It equals what JSON makes of it."""
     entries, offset = [], 0
     for layer in weight_layers(model):
         entries.append({"name": layer.name, "offset": offset, "nbytes": layer.nbytes, "layer": layer.describe()})
         offset += -(-layer.nbytes // ALIGNMENT) * ALIGNMENT
     site = model.site
-    return {
+    manifest: dict[str, Any] = {
         "format": MANIFEST_FORMAT,
         "kernels": site.ops.name,
         "rank": site.group.rank,
@@ -122,6 +124,7 @@ def layout(model: CausalLM, dtype: str) -> dict[str, Any]:
         "nbytes": offset,
         "entries": entries,
     }
+    return dict(json.loads(json.dumps(manifest)))
 
 
 def match_sources(layers: Iterable[WeightLayer], checkpoint: Checkpoint, spec: ModelSpec) -> dict[str, list[TensorSource]]:
@@ -179,7 +182,7 @@ def _fill_dummy(layers: Iterable[WeightLayer], seed: int) -> None:
     for source in _all_sources(layers):
         shape = [len(range(*part.indices(size))) for part, size in zip(source.index, source.shape, strict=True)]
         starts = [part.indices(size)[0] for part, size in zip(source.index, source.shape, strict=True)]
-        generator = torch.Generator().manual_seed(seed << 32 | zlib.crc32(f"{source.name} {starts}".encode()))
+        generator = torch.Generator().manual_seed(zlib.crc32(f"{seed} {source.name} {starts}".encode()))
         values = (
             torch.empty(shape).uniform_(-DUMMY_SCALE, DUMMY_SCALE, generator=generator) if source.init == "normal" else torch.ones(shape)
         )
