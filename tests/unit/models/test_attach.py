@@ -29,7 +29,7 @@ def test_attached_model_is_bitwise_equal(tiny, load, logits_of):
 
 @pytest.mark.parametrize(
     ("change", "said"),
-    [({"kernels": "other"}, "kernels differs"), ({"tensor_parallel_size": 2}, "tensor_parallel_size differs"), ({"format": 0}, "format differs")],
+    [({"kernels": "other"}, "kernels differs"), ({"rank": 1}, "rank differs"), ({"format": 0}, "format differs")],
 )  # fmt: skip
 def test_other_layouts_are_refused(tiny, load, change, said):
     loaded = load(tiny.write())
