@@ -58,19 +58,13 @@ class Linear(nn.Module):
                 start = rows.start + first
                 load = partial(self.op.load_rows, row=row + first)
                 yield TensorSource(f"{name}.weight", shape, (slice(start, start + number), columns), load)
-            if self.op.spec.bias:
-                index = (slice(rows.start, rows.start + rows.count),)
+            if self.bias:
+                index = (slice(rows.start, rows.start + rows.count if self.op.spec.bias else rows.start),)
                 yield TensorSource(f"{name}.bias", (rows.total,), index, partial(self.op.load_bias, row=row))
-            elif self.bias:
-                yield TensorSource(f"{name}.bias", (rows.total,), (slice(0, 0),), _drop)
             row += rows.count
 
     def describe(self) -> dict[str, Any]:
         return asdict(self.op.spec) | asdict(self.record)
-
-
-def _drop(part: Tensor) -> None:
-    """Another rank adds this bias."""
 
 
 def replicated(site: Site, out_features: int, in_features: int, slot: str, bias: bool = False) -> Linear:

@@ -36,7 +36,8 @@ class TensorSource:
     """A part of one checkpoint tensor and where it goes.
 
     shape: of the whole tensor as the file must have it. index: the part that `load` takes, one slice per axis. init: what random weights
-    put there. The same tensor may be named by several sources; one that no rank part is taken from has an empty slice.
+    put there. Several sources may name one tensor. Every rank names every tensor: where it takes no part, `index` has an empty slice and
+    `load` is not called.
     """
 
     name: str
@@ -66,7 +67,7 @@ class WeightLayer(Protocol):
 
 
 def row_chunks(count: int, row_bytes: int) -> Iterator[tuple[int, int]]:
-    """(first, number) of rows in pieces of about CHUNK_BYTES, multiples of 32 rows but the last."""
+    """(first, number) of rows in pieces of about CHUNK_BYTES, multiples of 32 rows but the last; one empty piece for no rows."""
     step = max(32, CHUNK_BYTES // max(row_bytes, 1) // 32 * 32)
-    for first in range(0, count, step):
+    for first in range(0, max(count, 1), step):
         yield first, min(step, count - first)

@@ -167,7 +167,9 @@ def _stream(checkpoint: Checkpoint, sources: Mapping[str, list[TensorSource]], p
                 continue
             tensor = file.read(stored)
             for source in sources[stored.name]:
-                source.load(tensor[source.index].contiguous())
+                part = tensor[source.index]
+                if part.numel():
+                    source.load(part.contiguous())
             file.release(stored)
             done += stored.nbytes
             progress(done, total)
@@ -181,6 +183,8 @@ def _fill_dummy(layers: Iterable[WeightLayer], seed: int) -> None:
     """Random numbers of the right shapes, equal for equal parts of a tensor whichever rank asks."""
     for source in _all_sources(layers):
         shape = [len(range(*part.indices(size))) for part, size in zip(source.index, source.shape, strict=True)]
+        if 0 in shape:
+            continue
         starts = [part.indices(size)[0] for part, size in zip(source.index, source.shape, strict=True)]
         generator = torch.Generator().manual_seed(zlib.crc32(f"{seed} {source.name} {starts}".encode()))
         values = (
