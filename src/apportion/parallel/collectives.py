@@ -48,5 +48,5 @@ class GlooCollectives:
         return gathered
 
     def _lost(self, operation: str, error: RuntimeError) -> ExecutorDied:
-        reason = str(error).splitlines()[0]
+        reason = str(error).splitlines()[0].partition(". This is")[0]
         return ExecutorDied(f"rank {self.rank} of {self.size} lost a peer in {operation} (limit {self.timeout_s:g} s): {reason}")

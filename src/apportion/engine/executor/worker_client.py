@@ -17,6 +17,8 @@ from apportion.engine.executor.executor import WeightsHandle
 # (rank, kind, value); kinds: 'output' of a step, 'result' or 'refused' of a call, 'died' with the worker's report, 'gone' with how it ended
 Reply = tuple[int, str, Any]
 
+CAUSE_TIMEOUT_S = 0.5  # how long the rank that died first is waited for when another one complains of it
+
 
 class Link(Protocol):
     """The way to one worker. Its replies arrive in the queue it was made with."""
@@ -38,6 +40,7 @@ class WorkerClient:
         self._outputs: list[tuple[int, ModelRunnerOutput]] = []
         self._results: list[dict[str, Any]] = [{} for _ in links]
         self._death: ExecutorDied | None = None
+        self._mourner: int | None = None  # the rank whose word stands and that itself died of another's death
 
     @property
     def is_alive(self) -> bool:
@@ -108,10 +111,12 @@ class WorkerClient:
             self._outputs.append((self._tickets.popleft(), value))
         elif kind in ("result", "refused"):
             self._results[rank] = {kind: value}
-        else:  # the first word of a death counts: other ranks die of it
+        elif self._death is None or self._mourner not in (None, rank):
             who = f"executor {self.name!r}" + (f" rank {rank}" if len(self._links) > 1 else "")
-            sentence = f"{who} died: {value.splitlines()[0]}" if kind == "died" else f"{who} died: {value}"
-            self._death = self._death or ExecutorDied(sentence, value)
+            self._mourner = rank if value.startswith(ExecutorDied.__name__) else None
+            self._death = ExecutorDied(f"{who} died: {value.splitlines()[0]}", value)
+            if self._mourner is not None:
+                self._drain(CAUSE_TIMEOUT_S)
 
     def _raise_if_dead(self) -> None:
         if self._death is not None:
