@@ -171,9 +171,16 @@ class Engine:
         del self.models[name]
 
     def set_quota(self, model: str, limit_bytes: int | None) -> None:
-        """The most KV bytes `model` may hold from now on; what it holds beyond comes back as its requests finish."""
-        self.models[model].scheduler.kv.quota.limit_bytes = limit_bytes
+        """The most KV bytes `model` may hold from now on. What it holds beyond is reclaimed; the rest comes back as its requests finish."""
+        quota = self.models[model].scheduler.kv.quota
+        quota.limit_bytes = limit_bytes
         self.arena.num_releases += 1
+        if limit_bytes is not None and quota.held_bytes > limit_bytes:
+            self.reclaim(model, quota.held_bytes - limit_bytes)
+
+    def reclaim(self, model: str, num_bytes: int) -> int:
+        """Take KV memory from `model` without ending a request: cached blocks go, live ones move together. Returns the bytes."""
+        return self.models[model].scheduler.reclaim(num_bytes)
 
     def metrics(self) -> dict[str, EngineMetrics]:
         return {name: model.scheduler.refresh_metrics() for name, model in self.models.items()}

@@ -20,20 +20,24 @@ from apportion.core.metrics import EngineMetrics
 from apportion.core.request import NO_LANE, Request, RequestStatus, RequestUpdate
 from apportion.core.schedule import CachedRequest, ModelRunnerOutput, NewRequest, SchedulerOutput
 from apportion.engine.policies import POLICIES
-from apportion.kvcache.kv_cache_manager import NOTHING_NEW, Drains, KVCacheManager, NewBlocks
+from apportion.kvcache.kv_cache_manager import NOTHING_NEW, Drains, KVCacheManager, Moves, NewBlocks
 
 MAX_REPLAYS = 2  # a request that was in flight in more lane deaths in a row than this is taken for their cause
 
 
 @dataclass(slots=True, eq=False)
 class Step:
-    """One step in flight. rows: (request, tokens, whether it samples, the request's epoch). drains: blocks kept back until it ends."""
+    """One step in flight. rows: (request, tokens, whether it samples, the request's epoch). drains: blocks kept back until it ends.
+
+    moved: requests whose blocks this step moves; those it does not compute stand in `rows` with no tokens, so that they wait for it.
+    """
 
     step_id: int
     lane: int
     output: SchedulerOutput
     rows: list[tuple[Request, int, bool, int]]
     drains: Drains = field(default_factory=list)
+    moved: set[Request] = field(default_factory=set)
 
 
 @dataclass(slots=True, eq=False)
@@ -74,6 +78,7 @@ class Scheduler:
         self._finished_ids: dict[int, list[str]] = {}  # lane -> what it may forget
         self._num_steps = 0
         self._num_arrivals = 0
+        self._moves = Moves()  # for the next step to do
         self._blocked: tuple[Request, int] | None = None  # who could not be admitted, at which count of releases
 
     def add(self, request: Request) -> None:
@@ -116,7 +121,7 @@ class Scheduler:
     @property
     def has_unfinished(self) -> bool:
         """Whether a request is not finished or a step has not ended."""
-        return bool(self._requests or self._in_flight)
+        return bool(self._requests or self._in_flight or self._moves.ops)
 
     @property
     def has_in_flight(self) -> bool:
@@ -144,7 +149,15 @@ class Scheduler:
                     known = len(request.token_ids) + request.num_pending_samples
                     self._place(draft, request, start, self._chunk(known - start, draft.budget))
             self._admit(draft)
-        return self._commit(draft) if draft.rows else None
+        return self._commit(draft) if draft.rows or self._moves.ops else None
+
+    def reclaim(self, num_bytes: int) -> int:
+        """Give KV memory back to the arena, moving live blocks together if need be; returns the bytes, some of them free only when the
+        next step has ended."""
+        freed = self.kv.reclaim(num_bytes, self._moves)
+        for request in self._moves.requests:
+            self._forget(request)  # its table changed in places: the next lane hears of it in full
+        return freed
 
     def update(self, step: Step, output: ModelRunnerOutput) -> list[RequestUpdate]:
         """Take in what a step produced; returns what changed for whom. Requests that have finished meanwhile are passed over."""
@@ -190,8 +203,10 @@ class Scheduler:
     def lane_died(self, lane: int, steps: Iterable[Step], cause: str) -> list[RequestUpdate]:
         """Fence a lane: its steps will never end and touch nothing any more. Its requests go on from what finished steps have stored."""
         hit: set[Request] = set()
+        moved: set[Request] = set()
         for step in steps:
             self._end(step)
+            moved |= step.moved
             for request, num_tokens, _, epoch in step.rows:
                 if epoch == request.epoch:
                     request.num_in_flight_tokens -= num_tokens
@@ -207,7 +222,7 @@ class Scheduler:
             if request.num_replays > MAX_REPLAYS:
                 self.finish(request, "error", error=f"gave up after {request.num_replays} lane deaths with this request in flight: {cause}")
                 updates.append(RequestUpdate(request))
-            elif request.status is RequestStatus.RUNNING and not self.kv.rewind(request):
+            elif request.status is RequestStatus.RUNNING and (request in moved or not self.kv.rewind(request)):
                 self._preempt(request)
         return updates
 
@@ -222,7 +237,7 @@ class Scheduler:
     def check_integrity(self) -> None:
         """Raises InternalError unless blocks add up and, with no step in flight, nothing drains."""
         self.kv.check_integrity()
-        if not self._in_flight and self.kv.num_draining:
+        if not self._in_flight and not self._moves.ops and self.kv.num_draining:
             raise InternalError(f"{self.model}: {self.kv.num_draining} blocks drain for no step")
         if any(not self.kv.holds(r) for r in self.running) or any(self.kv.holds(r) for r in self.waiting):
             raise InternalError(f"{self.model}: the block tables are not those of the running requests")
@@ -237,6 +252,11 @@ class Scheduler:
             victim = self.running[-1]
             if self.kv.num_draining or (victim is request and len(self.running) > 1):
                 return  # blocks are about to come back, or earlier requests go on and this one waits with what it has
+            if victim is request:
+                with self.kv.quota.lifted():
+                    new = self.kv.allocate(request, start, num_tokens, fence)
+                if new is not None:
+                    break
             if victim in draft.rows:
                 draft.budget += draft.rows.pop(victim)[1]
             self._preempt(victim)
@@ -254,7 +274,8 @@ class Scheduler:
             row = self._try_admit(request, draft.budget)
             if row is None and not self.running and not self.kv.num_draining:
                 self.kv.drop_cached()  # what is cached may lie so scattered that it keeps slabs from the group that needs one
-                row = self._try_admit(request, draft.budget)
+                with self.kv.quota.lifted():
+                    row = self._try_admit(request, draft.budget)
             if row is None:
                 self._blocked = (request, self.kv.arena.num_releases)
                 return
@@ -306,7 +327,13 @@ class Scheduler:
             request.num_pending_samples += samples
             request.last_step_id = step_id
             rows.append((request, num_tokens, samples, request.epoch))
-        step = self._in_flight[step_id] = Step(step_id, lane, output, rows)
+        moves, self._moves = self._moves, Moves()
+        output.kv_ops = moves.ops
+        for request in moves.requests - draft.rows.keys():
+            request.num_in_flight_steps += 1
+            request.last_step_id = step_id
+            rows.append((request, 0, False, request.epoch))
+        step = self._in_flight[step_id] = Step(step_id, lane, output, rows, moves.drains, moves.requests)
         return step
 
     def _describe(self, request: Request, start: int) -> NewRequest:
@@ -360,11 +387,14 @@ class Scheduler:
     def _give_up(self, request: Request) -> None:
         """Drop blocks and whatever a lane knows; steps in flight from before count for nothing but their samples."""
         self.kv.free(request, self._fence(request))
+        self._moves.requests.discard(request)
         self._forget(request)
         request.epoch += 1
         request.num_computed_tokens = request.num_in_flight_tokens = 0
 
     def _fence(self, request: Request) -> Drains | None:
+        if request in self._moves.requests:
+            return self._moves.drains
         step = self._in_flight.get(request.last_step_id)
         return step.drains if step else None
 

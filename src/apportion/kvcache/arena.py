@@ -6,7 +6,8 @@ model's layer group in one format) cuts its slabs into equal blocks and gives a 
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Protocol
 
@@ -20,13 +21,24 @@ PAGE_BYTES = 4096
 @dataclass(slots=True, eq=False)
 class Quota:
     """A limit in bytes on what the owners that share this object may hold together. Lowering it below `held_bytes` takes nothing
-    away by itself: no slab is added until reclaiming or finishing requests bring the holding down. None: the whole arena."""
+    away by itself: no slab is added until reclaiming or finishing requests bring the holding down. None: the whole arena.
+
+    It is soft: the scheduler lifts it for a request that would otherwise stand still with nobody to wait for."""
 
     limit_bytes: int | None = None
     held_bytes: int = 0
 
     def admits(self, num_bytes: int) -> bool:
         return self.limit_bytes is None or self.held_bytes + num_bytes <= self.limit_bytes
+
+
+    @contextmanager
+    def lifted(self) -> Iterator[None]:
+        limit, self.limit_bytes = self.limit_bytes, None
+        try:
+            yield
+        finally:
+            self.limit_bytes = limit
 
 
 class SlabOwner(Protocol):

@@ -13,7 +13,7 @@ It must not know requests, tokens or steps.
 from __future__ import annotations
 
 from collections import OrderedDict
-from collections.abc import Iterable
+from collections.abc import Container, Iterable
 
 from apportion.core.errors import InternalError, OutOfMemory
 from apportion.core.kv_spec import UNIT_BYTES
@@ -29,6 +29,7 @@ class BlockPool:
         self.arena = arena
         self.name = name
         self.quota = quota
+        self.block_bytes = block_bytes
         self.block_units = block_bytes // UNIT_BYTES
         self.blocks_per_slab = arena.slab_bytes // block_bytes
         self.num_free = 0
@@ -77,17 +78,10 @@ class BlockPool:
                 self._put_back(entries)
                 return None
             free = self._free[slab]
-            count = min(num_blocks - len(entries), len(free))
-            if self._num_live[slab] == 0:
-                self._idle.pop(slab, None)
-            self._num_live[slab] += count
-            self.num_free -= count
-            for _ in range(count):
-                entry = free.pop()
+            for _ in range(min(num_blocks - len(entries), len(free))):
+                entry = self._take_from(slab)
                 self._refs[entry] = 1
                 entries.append(entry)
-            if not free:
-                self._partial.discard(slab)
         return entries
 
     def acquire(self, entry: int) -> None:
@@ -133,6 +127,41 @@ class BlockPool:
 
     def find(self, key: bytes) -> int | None:
         return self._entry_of.get(key)
+
+    def slabs_by_load(self) -> list[int]:
+        """Slabs, the one with the fewest live blocks first."""
+        return sorted(self._free, key=lambda slab: (self._num_live[slab], slab))
+
+    def evacuate(self, slab: int, pinned: Container[int]) -> list[tuple[int, int]] | None:
+        """Move every live block of `slab` into room that other slabs of this owner have, and evict the others.
+
+        Returns (source, destination) pairs for the caller to copy and to put into the tables; destinations take over the references,
+        sources drain. None, and nothing moved, when a live block is pinned or draining, or the other slabs have too little room.
+        """
+        live = [entry for entry in self._entries_of(slab) if entry in self._refs or entry in self._drains]
+        if any(entry in pinned or entry in self._drains for entry in live):
+            return None
+        elsewhere = [entry for entry in self._cached if entry // self.arena.slab_units != slab]
+        if len(live) > self.num_free - len(self._free[slab]) + len(elsewhere):
+            return None
+        pairs = []
+        for source in live:
+            room = self._partial - {slab}
+            if not room:
+                entry = elsewhere.pop(0)
+                self._forget(entry)
+                self._add_free(entry)
+                room = {entry // self.arena.slab_units}
+            target = self._take_from(min(room, key=lambda s: (len(self._free[s]), s)))
+            self._refs[target] = self._refs.pop(source)
+            self._drains[source] = 1
+            if source in self._key_of:
+                del self._entry_of[self._key_of.pop(source)]
+            pairs.append((source, target))
+        for entry in self._entries_of(slab):
+            if entry in self._cached:
+                self._evict(entry)
+        return pairs
 
     def references(self) -> dict[int, int]:
         """How many tables hold each used block."""
@@ -193,6 +222,15 @@ class BlockPool:
         self._forget(entry)
         self._add_free(entry)
         return entry // self.arena.slab_units
+
+    def _take_from(self, slab: int) -> int:
+        entry = self._free[slab].pop()
+        if not self._free[slab]:
+            self._partial.remove(slab)
+        self.num_free -= 1
+        self._idle.pop(slab, None)
+        self._num_live[slab] += 1
+        return entry
 
     def _put_back(self, entries: list[int]) -> None:
         for entry in reversed(entries):

@@ -7,10 +7,12 @@ blocks that are given up, the caller passes that step's `Drains` and hands it ba
 from __future__ import annotations
 
 from collections.abc import Sequence
+from dataclasses import dataclass, field
 
 from apportion.core.errors import InternalError
 from apportion.core.kv_spec import KVGroupSpec
 from apportion.core.request import Request
+from apportion.core.schedule import KVOp, KVOpKind
 from apportion.kvcache.arena import Arena, Quota
 from apportion.kvcache.block_pool import BlockPool
 from apportion.kvcache.prefix_cache import extend_keys, first_live_block, longest_prefix, root_key
@@ -20,6 +22,16 @@ DEAD = -1  # a table entry wholly behind the window
 Drains = list[tuple[BlockPool, list[int]]]
 NewBlocks = tuple[list[int], ...]
 NOTHING_NEW: NewBlocks = ()
+
+
+@dataclass(slots=True, eq=False)
+class Moves:
+    """Copies that a coming step must do before it computes. requests: whose tables name the destinations: no other step may run them
+    before that one has ended. drains: the sources, for that step to hand to `ended`."""
+
+    ops: list[KVOp] = field(default_factory=list)
+    requests: set[Request] = field(default_factory=set)
+    drains: Drains = field(default_factory=list)
 
 
 class _Tables:
@@ -164,6 +176,32 @@ class KVCacheManager:
         for pool, table, dead in zip(self.pools, state.tables, state.dead, strict=True):
             self._give_up(pool, table[dead:][::-1], fence)
 
+    def reclaim(self, num_bytes: int, moves: Moves) -> int:
+        """Give slabs of together at least `num_bytes` back to the arena, as far as possible; returns the bytes.
+
+        Slabs without a live block go at once. Of the others the emptiest are evacuated: live blocks move into room in fuller slabs of
+        the same group, tables change, and `moves` collects the copies, whose sources come back when the step that does them has ended.
+        Blocks that a step in flight may touch stay where they are.
+        """
+        freed = 0
+        for i, pool in enumerate(self.pools):
+            while freed < num_bytes and pool.give_slab():
+                freed += self.arena.slab_bytes
+            if freed >= num_bytes:
+                break
+            busy = [s for r, s in self._requests.items() if r.num_in_flight_steps or r in moves.requests]
+            pinned = {entry for state in busy for entry in state.tables[i][state.dead[i] :]}
+            for slab in pool.slabs_by_load():
+                pairs = pool.evacuate(slab, pinned) if freed < num_bytes else None
+                if pairs is None:
+                    continue
+                freed += self.arena.slab_bytes
+                pinned.update(target for _, target in pairs)
+                moves.drains.append((pool, [source for source, _ in pairs]))
+                moves.ops += [KVOp(KVOpKind.MOVE, i, source, target, pool.block_bytes) for source, target in pairs]
+                self._rewrite(i, dict(pairs), moves.requests)
+        return freed
+
     def ended(self, drains: Drains) -> None:
         """The step that `drains` belongs to touches nothing any more."""
         for pool, entries in drains:
@@ -230,6 +268,17 @@ class KVCacheManager:
                     held[entry] = held.get(entry, 0) + 1
             if held != pool.references():
                 raise InternalError(f"{pool.name}: references do not match the {len(self._requests)} block tables")
+
+    def _rewrite(self, group: int, targets: dict[int, int], moved: set[Request]) -> None:
+        """Put moved blocks into the tables, and let them be published again once their holders' next step has ended."""
+        for request, state in self._requests.items():
+            table = state.tables[group]
+            for index in range(state.dead[group], len(table)):
+                if table[index] in targets:
+                    table[index] = targets[table[index]]
+                    state.num_published[group] = min(state.num_published[group], index)
+                    state.published_to = 0
+                    moved.add(request)
 
     def _may_share(self, request: Request) -> bool:
         return self.enable_prefix_caching and request.sampling_params.prompt_logprobs is None
