@@ -241,3 +241,12 @@ def test_memory_peaks_at_packed_size(tiny, make_shapes):
     measured = json.loads(run.stdout)
     assert measured["packed"] > 100e6
     assert measured["growth"] < measured["packed"] + 2 * largest + 10e6, measured
+
+
+def test_a_module_can_be_replaced(tiny, load, logits_of):
+    """Calibration swaps parts of the tree; the model must then use the new part."""
+    loaded = load(tiny.write())
+    before = logits_of(loaded.model, TOKENS)
+    other = load(tiny.folder, load_format="dummy")
+    loaded.model.layers[0].mlp = other.model.layers[0].mlp
+    assert not torch.equal(logits_of(loaded.model, TOKENS), before)

@@ -28,9 +28,10 @@ class Elementwise:
         self._rms_norm(x.data_ptr(), x.stride(0), weight.data_ptr(), eps, out.data_ptr(), out.stride(0), rows, width)
         return out
 
-    def add_rms_norm(self, x: Tensor, residual: Tensor, weight: Tensor, eps: float) -> Tensor:
+    def add_rms_norm(self, x: Tensor, residual: Tensor, weight: Tensor, eps: float, out: Tensor | None = None) -> Tensor:
         rows, width = x.shape
-        out = torch.empty((rows, width))
+        if out is None:
+            out = torch.empty((rows, width))
         self._add_rms_norm(
             x.data_ptr(), x.stride(0), residual.data_ptr(), residual.stride(0), weight.data_ptr(), eps, out.data_ptr(), rows, width
         )
