@@ -18,7 +18,6 @@ from torch import Tensor
 
 from apportion.core.errors import InvalidParameter, OutOfMemory
 
-
 MADV_COLLAPSE = 25  # Linux 6.1: make what is resident huge now, whatever the system's policy for shared memory
 
 

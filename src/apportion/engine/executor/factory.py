@@ -40,9 +40,8 @@ class ExecutorFactory:
         if share.num_threads < size:
             raise InvalidParameter(f"lane {lane.name!r} has {share.num_threads} threads for {size} ranks; give every rank one")
         shares = deal(share.cores, [(share.num_threads + rank) // size for rank in range(size)])
-        workers = [
-            WorkerConfig(lane.name, self._platform.name, self._config.kernels, share, self._shared, rank, size) for rank, share in enumerate(shares)
-        ]
+        name, device, kernels = lane.name, self._platform.name, self._config.kernels
+        workers = [WorkerConfig(name, device, kernels, share, self._shared, rank, size) for rank, share in enumerate(shares)]
         return EXECUTORS.get(lane.executor)(workers, self.kv_arenas)
 
     def close(self) -> None:
