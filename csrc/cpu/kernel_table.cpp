@@ -6,6 +6,7 @@
 namespace apportion::APPORTION_ISA {
 
 extern const ElementwiseKernels elementwise_kernels;
+extern const ExpertsKernels experts_kernels;
 extern const LinearKernels linear_kernels;
 
 extern const KernelTable table;
@@ -13,6 +14,7 @@ const KernelTable table = {
     .isa = APPORTION_STRINGIFY(APPORTION_ISA) + 4,  // without "isa_"
     .linear = &linear_kernels,
     .elementwise = &elementwise_kernels,
+    .experts = &experts_kernels,
 };
 
 }  // namespace apportion::APPORTION_ISA

@@ -5,12 +5,14 @@
 namespace apportion {
 
 struct ElementwiseKernels;
+struct ExpertsKernels;
 struct LinearKernels;
 
 struct KernelTable {
   const char* isa;
   const LinearKernels* linear;
   const ElementwiseKernels* elementwise;
+  const ExpertsKernels* experts;
 };
 
 // The table chosen for this process (isa.cpp).

@@ -16,6 +16,7 @@ namespace apportion {
 void bind_linear(nb::module_& m);
 void bind_bandwidth(nb::module_& m);
 void bind_elementwise(nb::module_& m);
+void bind_experts(nb::module_& m);
 
 static nb::dict features() {
   nb::dict sets;
@@ -47,4 +48,5 @@ NB_MODULE(_cpu, m) {
   bind_linear(m);
   bind_bandwidth(m);
   bind_elementwise(m);
+  bind_experts(m);
 }

@@ -5,9 +5,10 @@ from __future__ import annotations
 from typing import Any
 
 from apportion.kernels.cpu.elementwise import Elementwise
+from apportion.kernels.cpu.experts import PackedExperts
 from apportion.kernels.cpu.extension import load
 from apportion.kernels.cpu.linear import PackedLinear
-from apportion.kernels.ops import LinearSpec
+from apportion.kernels.ops import ExpertsSpec, LinearSpec
 
 
 class CpuOps:
@@ -29,3 +30,7 @@ class CpuOps:
     def linear(self, spec: LinearSpec) -> PackedLinear:
         self._module.select_isa(self.isa)
         return PackedLinear(self.team, spec)
+
+    def experts(self, spec: ExpertsSpec) -> PackedExperts:
+        self._module.select_isa(self.isa)
+        return PackedExperts(self.team, spec)
