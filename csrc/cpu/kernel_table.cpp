@@ -6,15 +6,16 @@
 namespace apportion::APPORTION_ISA {
 
 extern const ElementwiseKernels elementwise_kernels;
-extern const ExpertsKernels experts_kernels;
 extern const LinearKernels linear_kernels;
+
+extern const attention::Kernels attention_kernels;
 
 extern const KernelTable table;
 const KernelTable table = {
     .isa = APPORTION_STRINGIFY(APPORTION_ISA) + 4,  // without "isa_"
+    .attention = &attention_kernels,
     .linear = &linear_kernels,
     .elementwise = &elementwise_kernels,
-    .experts = &experts_kernels,
 };
 
 }  // namespace apportion::APPORTION_ISA

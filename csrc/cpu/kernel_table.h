@@ -5,14 +5,17 @@
 namespace apportion {
 
 struct ElementwiseKernels;
-struct ExpertsKernels;
 struct LinearKernels;
+
+namespace attention {
+struct Kernels;
+}
 
 struct KernelTable {
   const char* isa;
+  const attention::Kernels* attention;
   const LinearKernels* linear;
   const ElementwiseKernels* elementwise;
-  const ExpertsKernels* experts;
 };
 
 // The table chosen for this process (isa.cpp).

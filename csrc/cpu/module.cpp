@@ -13,10 +13,10 @@ using namespace nb::literals;
 namespace apportion {
 
 // One function per kernel file; each binds its own entries.
+void bind_attention(nb::module_& m);
 void bind_linear(nb::module_& m);
 void bind_bandwidth(nb::module_& m);
 void bind_elementwise(nb::module_& m);
-void bind_experts(nb::module_& m);
 
 static nb::dict features() {
   nb::dict sets;
@@ -45,8 +45,8 @@ NB_MODULE(_cpu, m) {
       .def(nb::init<int, std::vector<int>>(), "num_threads"_a, "cores"_a = std::vector<int>{})
       .def_prop_ro("num_threads", &ThreadTeam::num_threads)
       .def_prop_ro("cores", &ThreadTeam::cores);
+  bind_attention(m);
   bind_linear(m);
   bind_bandwidth(m);
   bind_elementwise(m);
-  bind_experts(m);
 }

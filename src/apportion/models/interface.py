@@ -13,13 +13,11 @@ __all__ = ["CausalLM", "ForwardContext"]
 
 
 class CausalLM(Protocol):
-    """A module tree made from a Site. One instance runs one step at a time: its results live in buffers that the next step reuses.
-
-    aliases: (pattern, replacement) of checkpoint names that are spelt otherwise there; the first pattern found counts.
-    """
+    """A module tree made from a Site. One instance runs one step at a time: its results live in buffers that the next step reuses."""
 
     site: Site
-    aliases: tuple[tuple[str, str], ...]
+
+    def __init__(self, site: Site) -> None: ...
 
     def forward(self, token_ids_T: Tensor, context: ForwardContext) -> Tensor:
         """token_ids int32 [T] -> hidden states [T, M], after the last norm."""

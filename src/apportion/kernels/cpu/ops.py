@@ -4,11 +4,13 @@ from __future__ import annotations
 
 from typing import Any
 
+from torch import Tensor
+
+from apportion.kernels.cpu.attention import LatentAttention, PagedAttention, Rotary
 from apportion.kernels.cpu.elementwise import Elementwise
-from apportion.kernels.cpu.experts import PackedExperts
 from apportion.kernels.cpu.extension import load
 from apportion.kernels.cpu.linear import PackedLinear
-from apportion.kernels.ops import ExpertsSpec, LinearSpec
+from apportion.kernels.ops import AttentionSpec, LinearSpec
 
 
 class CpuOps:
@@ -26,11 +28,16 @@ class CpuOps:
         self._module.select_isa(self.isa)
         rows = Elementwise(team)
         self.rms_norm, self.add_rms_norm, self.silu_mul, self.route = rows.rms_norm, rows.add_rms_norm, rows.silu_mul, rows.route
+        self.rotate = Rotary(team).rotate
 
     def linear(self, spec: LinearSpec) -> PackedLinear:
         self._module.select_isa(self.isa)
         return PackedLinear(self.team, spec)
 
-    def experts(self, spec: ExpertsSpec) -> PackedExperts:
+    def paged_attention(self, spec: AttentionSpec, arena: Tensor) -> PagedAttention:
         self._module.select_isa(self.isa)
-        return PackedExperts(self.team, spec)
+        return PagedAttention(self.team, spec, arena)
+
+    def latent_attention(self, spec: AttentionSpec, arena: Tensor) -> LatentAttention:
+        self._module.select_isa(self.isa)
+        return LatentAttention(self.team, spec, arena)

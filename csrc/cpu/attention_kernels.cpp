@@ -1,0 +1,271 @@
+// Attention in float32 arithmetic, for every KV format: compiled once per instruction set.
+//
+// The dword layout needs no horizontal sums: scores of WIDTH tokens accumulate down the channel rows of K with q broadcast,
+// outputs accumulate down the token rows of V with p broadcast.
+#include <algorithm>
+
+#include "attention.h"
+#include "attention_formats.h"
+#include "attention_rows.h"
+#include "kernel_table.h"
+#include "rope.h"
+
+namespace apportion::APPORTION_ISA {
+
+using namespace attention;
+
+namespace {
+
+// Rows of a register block. Its size changes no result: every row has its own sums, in one order.
+#if defined(__AVX512F__)
+constexpr int BLOCK = 8;
+constexpr int wide(int rows) { return rows <= 4 ? 4 : 2; }  // vectors that a block of `rows` rows goes over at once
+#else
+constexpr int BLOCK = 4;
+constexpr int wide(int rows) { return rows <= 2 ? 4 : 2; }
+#endif
+
+constexpr int SUB_VECTORS = SUB / WIDTH;
+
+// scores[r][v * WIDTH ..] of M rows over N vectors of tokens; k[v] points at the first dword row of vector v. What the next chunk
+// will read from `next` is fetched on the way: one line for each that is used.
+template <typename F, int M, int N, bool FETCH>
+APPORTION_INLINE void score_block(const float* q, int q_stride, const uint32_t* const* k, const uint32_t* const* next, int64_t k_stride,
+                                  int rows, float* scores) {
+  V sum[M][N];
+  for (int r = 0; r < M; ++r)
+    for (int v = 0; v < N; ++v) sum[r][v] = zero();
+  for (int row = 0; row < rows; ++row) {
+    V key[N][F::LANES];
+    for (int v = 0; v < N; ++v) {
+      F::unpack(k[v] + row * k_stride, key[v]);
+      if constexpr (FETCH) __builtin_prefetch(next[v] + row * k_stride);
+    }
+    for (int j = 0; j < F::LANES; ++j)
+      for (int r = 0; r < M; ++r) {
+        const V x = set1(q[r * q_stride + row * F::LANES + j]);
+        for (int v = 0; v < N; ++v) sum[r][v] = fma(x, key[v][j], sum[r][v]);
+      }
+  }
+  for (int r = 0; r < M; ++r)
+    for (int v = 0; v < N; ++v) store(scores + r * CHUNK + v * WIDTH, sum[r][v]);
+}
+
+template <typename F, int M, bool FETCH>
+APPORTION_INLINE void score_rows(const float* q, int q_stride, const Chunk& chunk, const Chunk& next, int64_t k_stride, int rows, float* scores) {
+  constexpr int N = wide(M);
+  const uint32_t *k[CHUNK / WIDTH], *ahead[CHUNK / WIDTH];
+  const int vectors = chunk.subs * SUB_VECTORS;
+  for (int v = 0; v < vectors; ++v) {
+    k[v] = chunk.k[v / SUB_VECTORS] + v % SUB_VECTORS * WIDTH;
+    ahead[v] = next.k[v / SUB_VECTORS] + v % SUB_VECTORS * WIDTH;
+  }
+  int v = 0;
+  for (; v + N <= vectors; v += N) score_block<F, M, N, FETCH>(q, q_stride, k + v, ahead + v, k_stride, rows, scores + v * WIDTH);
+  for (; v < vectors; ++v) score_block<F, M, 1, FETCH>(q, q_stride, k + v, ahead + v, k_stride, rows, scores + v * WIDTH);
+}
+
+// acc[r][0 .. N * WIDTH) += p[r] . V over the tokens of a chunk. TAIL: the one vector holds `n` channels.
+template <typename F, int M, int N, bool FETCH, bool TAIL>
+APPORTION_INLINE void mix_block(const float* p, const Chunk& chunk, const Chunk& next, int channel, int n, int width, float* acc, int acc_stride) {
+  V sum[M][N];
+  for (int r = 0; r < M; ++r)
+    for (int c = 0; c < N; ++c) sum[r][c] = load(acc + r * acc_stride + c * WIDTH);
+  for (int s = 0; s < chunk.subs; ++s) {
+    const uint32_t *v = chunk.v[s] + channel, *ahead = next.v[s] + channel;
+    for (int row = 0; row < SUB / F::LANES; ++row, v += width, ahead += width) {
+      V value[N][F::LANES];
+      if constexpr (TAIL) unpack_n<F>(v, n, value[0]);
+      else
+        for (int c = 0; c < N; ++c) F::unpack(v + c * WIDTH, value[c]);
+      if constexpr (FETCH)
+        for (int c = 0; c < N; ++c) __builtin_prefetch(ahead + c * WIDTH);
+      for (int j = 0; j < F::LANES; ++j)
+        for (int r = 0; r < M; ++r) {
+          const V x = set1(p[r * CHUNK + s * SUB + row * F::LANES + j]);
+          for (int c = 0; c < N; ++c) sum[r][c] = fma(x, value[c][j], sum[r][c]);
+        }
+    }
+  }
+  for (int r = 0; r < M; ++r)
+    for (int c = 0; c < N; ++c) store(acc + r * acc_stride + c * WIDTH, sum[r][c]);
+}
+
+template <typename F, int M, bool FETCH>
+APPORTION_INLINE void mix_rows(const float* p, const Chunk& chunk, const Chunk& next, int channels, int width, float* acc, int acc_stride) {
+  constexpr int N = wide(M);
+  int c = 0;
+  for (; c + N * WIDTH <= channels; c += N * WIDTH) mix_block<F, M, N, FETCH, false>(p, chunk, next, c, 0, width, acc + c, acc_stride);
+  for (; c + WIDTH <= channels; c += WIDTH) mix_block<F, M, 1, FETCH, false>(p, chunk, next, c, 0, width, acc + c, acc_stride);
+  if (c < channels) mix_block<F, M, 1, FETCH, true>(p, chunk, next, c, channels - c, width, acc + c, acc_stride);
+}
+
+// Scores of a latent chunk: the latent has the V layout, so lanes run over channels and the sum of a (row, token) is folded at the end.
+template <typename F, int M>
+APPORTION_INLINE void score_latent(const float* q, int q_stride, const Chunk& chunk, int channels, float* scores) {
+  constexpr int T = 4 / F::LANES;  // token rows at once: 4 tokens
+  for (int s = 0; s < chunk.subs; ++s)
+    for (int row = 0; row < SUB / F::LANES; row += T) {
+      const uint32_t* k = chunk.v[s] + int64_t(row) * channels;
+      V sum[M][4];
+      for (int r = 0; r < M; ++r)
+        for (int t = 0; t < 4; ++t) sum[r][t] = zero();
+      for (int c = 0; c < channels; c += WIDTH) {
+        V key[4], x[M];
+        for (int t = 0; t < T; ++t) {
+          if (c + WIDTH <= channels) F::unpack(k + t * channels + c, key + t * F::LANES);
+          else unpack_n<F>(k + t * channels + c, channels - c, key + t * F::LANES);
+        }
+        for (int r = 0; r < M; ++r) x[r] = load(q + r * q_stride + c);  // q rows are padded with zeros
+        for (int r = 0; r < M; ++r)
+          for (int t = 0; t < 4; ++t) sum[r][t] = fma(x[r], key[t], sum[r][t]);
+      }
+      for (int r = 0; r < M; ++r)
+        for (int t = 0; t < 4; ++t) scores[r * CHUNK + s * SUB + row * F::LANES + t] = reduce_add(sum[r][t]);
+    }
+}
+
+// f<M, FETCH>(first row) over the rows of a tile, in blocks of BLOCK and a last smaller one; the first fetches ahead.
+template <bool FETCH, int M = BLOCK - 1, typename Function>
+APPORTION_INLINE void last_block(int row, int rows, const Function& f) {
+  if (rows - row == M) f.template operator()<M, FETCH>(row);
+  else if constexpr (M > 1) last_block<FETCH, M - 1>(row, rows, f);
+}
+
+template <typename Function>
+APPORTION_INLINE void in_blocks(int rows, const Function& f) {
+  if (rows < BLOCK) return last_block<true>(0, rows, f);
+  f.template operator()<BLOCK, true>(0);
+  int row = BLOCK;
+  for (; row + BLOCK <= rows; row += BLOCK) f.template operator()<BLOCK, false>(row);
+  if (row < rows) last_block<false>(row, rows, f);
+}
+
+// The float32 arithmetic of a tile: what run_tile (attention_rows.h) asks of a method.
+template <typename F, bool LATENT>
+struct VectorProducts {
+  static constexpr int LANES = F::LANES;
+
+  static void prepare(Tile&) {}
+  APPORTION_INLINE void put(Tile& tile, int row, int vector, V p) { store(tile.scores + row * CHUNK + vector * WIDTH, p); }
+
+  static void score(const Tile& tile, const Chunk& chunk, const Chunk& next) {
+    const Shape& shape = *tile.shape;
+    in_blocks(tile.rows, [&]<int M, bool FETCH>(int row) {
+      const float* q = tile.q + row * tile.q_stride;
+      float* scores = tile.scores + row * CHUNK;
+      if constexpr (LATENT) score_latent<F, M>(q, tile.q_stride, chunk, shape.head_dim, scores);
+      else score_rows<F, M, FETCH>(q, tile.q_stride, chunk, next, shape.block_size, shape.head_dim / F::LANES, scores);
+    });
+  }
+
+  static void mix(const Tile& tile, const Chunk& chunk, const Chunk& next) {
+    const Shape& shape = *tile.shape;
+    in_blocks(tile.rows, [&]<int M, bool FETCH>(int row) {
+      mix_rows<F, M, FETCH>(tile.scores + row * CHUNK, chunk, next, shape.v_head_dim, shape.v_width(), tile.acc + row * tile.acc_stride,
+                            tile.acc_stride);
+    });
+  }
+};
+
+template <typename F>
+void clear_span(uint32_t* v, int width) {
+  std::memset(v, 0, size_t(SPAN) / F::LANES * width * 4);
+}
+
+// Numbers x[n] into lane `lane` of the dwords at `row`, the others kept.
+template <typename F>
+void put_lane(uint32_t* row, const uint32_t* codes, int n, int lane) {
+  constexpr int BITS = 32 / F::LANES;
+  const uint32_t keep = F::LANES == 1 ? 0 : ~(((uint64_t(1) << BITS) - 1) << (lane * BITS));
+  for (int c = 0; c < n; ++c) row[c] = (row[c] & keep) | codes[c] << (lane * BITS);
+}
+
+// x [n] -> codes; x and codes are padded to WIDTH.
+template <typename F>
+APPORTION_INLINE void encode(const float* x, uint32_t* codes, int n) {
+  int i = 0;
+  for (; i + WIDTH <= n; i += WIDTH) F::encode(x + i, codes + i);
+  if (i < n) {
+    float last[WIDTH];
+    store(last, load_n(x + i, n - i));
+    F::encode(last, codes + i);
+  }
+}
+
+template <typename F>
+void store_values(const Shape& shape, std::byte* block, const float* x, int head, int slot, uint32_t* codes) {
+  uint32_t* v = reinterpret_cast<uint32_t*>(block + shape.v_offset() + head * shape.v_head_bytes());
+  const int width = shape.v_width();
+  encode<F>(x, codes, width);
+  v += int64_t(slot) / F::LANES * width;
+  if (slot % SPAN == 0) clear_span<F>(v, width);
+  put_lane<F>(v, codes, width, slot % F::LANES);
+}
+
+template <typename F>
+void write(const WriteCall& call, const WriteItem& item, std::byte* scratch) {
+  const Shape& s = *call.shape;
+  float* key = reinterpret_cast<float*>(scratch);
+  uint32_t* codes = reinterpret_cast<uint32_t*>(key + padded(s.head_dim));
+  std::byte* block = call.layer + item.block_bytes;
+  for (int i = 0; i < item.count; ++i) {
+    float* q = call.qkv + (item.row + i) * call.stride;
+    const float *k = q + s.num_heads * s.head_dim, *v = k + s.num_kv_heads * s.head_dim;
+    const float* cs = call.cos_sin + int64_t(call.positions[item.row + i]) * s.rotary_dim;
+    const int slot = item.slot + i;
+    for (int h = 0; h < s.num_heads; ++h) {
+      if (call.q_norm) normalize_head(q + h * s.head_dim, call.q_norm, s.head_dim, s.qk_norm_eps);
+      rotate_head(q + h * s.head_dim, cs, s.rotary_dim, s.interleaved);
+    }
+    for (int h = 0; h < s.num_kv_heads; ++h) {
+      std::memcpy(key, k + h * s.head_dim, s.head_dim * sizeof(float));
+      if (call.k_norm) normalize_head(key, call.k_norm, s.head_dim, s.qk_norm_eps);
+      rotate_head(key, cs, s.rotary_dim, s.interleaved);
+      encode<F>(key, codes, s.head_dim);
+      uint32_t* column = reinterpret_cast<uint32_t*>(block + h * s.k_head_bytes()) + slot;
+      for (int d = 0; d < s.head_dim; d += F::LANES, column += s.block_size) {
+        uint32_t dword = 0;
+        for (int j = 0; j < F::LANES; ++j) dword |= codes[d + j] << (j * (32 / F::LANES));
+        *column = dword;
+      }
+      store_values<F>(s, block, v + h * s.v_head_dim, h, slot, codes);
+    }
+  }
+}
+
+template <typename F>
+void write_latent(const WriteCall& call, const WriteItem& item, std::byte* scratch) {
+  for (int i = 0; i < item.count; ++i)
+    store_values<F>(*call.shape, call.layer + item.block_bytes, call.qkv + (item.row + i) * call.stride, 0, item.slot + i,
+                    reinterpret_cast<uint32_t*>(scratch));
+}
+
+void rotate(float* x, int64_t row_stride, int64_t head_stride, int rows, int heads, int rotary_dim, const int32_t* positions,
+            const float* cos_sin, bool interleaved) {
+  for (int t = 0; t < rows; ++t)
+    for (int h = 0; h < heads; ++h)
+      rotate_head(x + t * row_stride + h * head_stride, cos_sin + int64_t(positions[t]) * rotary_dim, rotary_dim, interleaved);
+}
+
+template <typename F>
+void run(const RunCall& call, const Item& item, std::byte* scratch) { run_tile<VectorProducts<F, false>>(call, item, scratch); }
+template <typename F>
+void run_latent(const RunCall& call, const Item& item, std::byte* scratch) { run_tile<VectorProducts<F, true>>(call, item, scratch); }
+
+size_t scratch_bytes(const Shape& shape) { return tile_bytes(shape); }
+
+}  // namespace
+
+extern const Kernels attention_kernels;
+const Kernels attention_kernels = {
+    .write = {write<Fp32>, write<Bf16>, write<Fp16>},
+    .write_latent = {write_latent<Fp32>, write_latent<Bf16>, write_latent<Fp16>},
+    .run = {run<Fp32>, run<Bf16>, run<Fp16>},
+    .run_latent = {run_latent<Fp32>, run_latent<Bf16>, run_latent<Fp16>},
+    .merge = merge_partitions,
+    .rotate = rotate,
+    .scratch_bytes = scratch_bytes,
+};
+
+}  // namespace apportion::APPORTION_ISA

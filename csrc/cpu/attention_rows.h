@@ -1,0 +1,229 @@
+// The walk of a tile over its context: softmax with a running maximum per partition (Dao et al., FlashAttention-2, algorithm 1),
+// partitions merged in order. Shared by all methods and formats; a method supplies the two products.
+#pragma once
+#include <algorithm>
+
+#include "attention.h"
+#include "simd.h"
+
+namespace apportion::APPORTION_ISA {
+
+using namespace attention;
+
+constexpr float LOWEST = -1e30f;  // a maximum before any token; finite, so that LOWEST - LOWEST is 0
+constexpr float LOG2E = 1.44269504f;
+
+// 2^x for x <= 0: 1 at 0 exactly, 0 below -126, NaN for NaN. Cephes exp2f.
+APPORTION_INLINE V exp2(V x) {
+  const V low = set1(-126.f), clamped = max(low, x);  // the second operand wins where x is NaN
+  const V magic = set1(12582912.f);                   // 1.5 * 2^23: adding and subtracting it rounds to an integer
+  const V n = (clamped + magic) - magic, f = clamped - n;
+  V p = set1(1.535336188319500e-4f);
+  p = fma(p, f, set1(1.339887440266574e-3f));
+  p = fma(p, f, set1(9.618437357674640e-3f));
+  p = fma(p, f, set1(5.550332471162809e-2f));
+  p = fma(p, f, set1(2.402264791363012e-1f));
+  p = fma(p, f, set1(6.931472028550421e-1f));
+  p = fma(p, f, set1(1.f));
+  return select_less(x, low, zero(), scale_pow2(p, n));
+}
+
+APPORTION_INLINE float exp2(float x) {
+  float lanes[WIDTH];
+  store(lanes, exp2(set1(x)));
+  return lanes[0];
+}
+
+// Up to CHUNK tokens from absolute position `first`, in units of SUB; where each unit's K and V stand.
+struct Chunk {
+  int first, subs;
+  const uint32_t* k[CHUNK / SUB];
+  const uint32_t* v[CHUNK / SUB];
+};
+
+// The rows of one item and their state within the present partition.
+struct Tile {
+  const Shape* shape;
+  int rows, q_stride, acc_stride;
+  int low[ROWS], high[ROWS];  // row r sees tokens [low, high)
+  int begin, end;             // what any row sees
+  float highest[ROWS];        // running maximum of the scores, unscaled
+  float* q;                   // [ROWS][q_stride], padded with zeros
+  float* scores;              // [ROWS][CHUNK], then probabilities in the same place
+  float* acc;                 // [ROWS][acc_stride]: the sums of p * v
+  float* sums;                // [ROWS][WIDTH]: sums of p by lane
+  float* total;               // [ROWS][partial_floats]: partitions merged so far
+  std::byte* method;          // the method's own scratch
+};
+
+inline size_t tile_bytes(const Shape& shape) {
+  const size_t row = padded(shape.head_dim) + CHUNK + padded(shape.v_head_dim) + WIDTH + partial_floats(shape);
+  return std::max<size_t>(ROWS * row * sizeof(float), 2 * padded(shape.head_dim) * sizeof(float) + 256);
+}
+
+APPORTION_INLINE void load_tile(Tile& tile, const RunCall& call, const Item& item, std::byte* scratch) {
+  const Shape& shape = *call.shape;
+  const int group = shape.group(), first = call.plan->query_start_loc[item.request];
+  const int start = call.plan->seq_lens[item.request] - (call.plan->query_start_loc[item.request + 1] - first);
+  tile.shape = &shape;
+  tile.rows = item.num_rows;
+  tile.q_stride = padded(shape.head_dim);
+  tile.acc_stride = padded(shape.v_head_dim);
+  tile.q = reinterpret_cast<float*>(scratch);
+  tile.scores = tile.q + ROWS * tile.q_stride;
+  tile.acc = tile.scores + ROWS * CHUNK;
+  tile.sums = tile.acc + ROWS * tile.acc_stride;
+  tile.total = tile.sums + ROWS * WIDTH;
+  tile.method = reinterpret_cast<std::byte*>(tile.total + ROWS * partial_floats(shape));
+  for (int r = 0; r < tile.rows; ++r) {
+    const int row = item.first_row + r, head = item.kv_head * group + row % group;
+    const float* q = call.q + (first + row / group) * call.q_stride + head * shape.head_dim;
+    std::memcpy(tile.q + r * tile.q_stride, q, shape.head_dim * sizeof(float));
+    std::memset(tile.q + r * tile.q_stride + shape.head_dim, 0, (tile.q_stride - shape.head_dim) * sizeof(float));
+    tile.high[r] = start + row / group + 1;
+    tile.low[r] = shape.window ? std::max(0, tile.high[r] - shape.window) : 0;
+  }
+  tile.begin = tile.low[0];
+  tile.end = tile.high[tile.rows - 1];
+}
+
+APPORTION_INLINE void find_chunk(Chunk& chunk, const RunCall& call, const Item& item, int lanes, int begin, int end) {
+  const Shape& shape = *call.shape;
+  const int32_t* table = call.plan->block_table + item.request * call.plan->block_table_stride;
+  const std::byte* k = call.layer + item.kv_head * shape.k_head_bytes();
+  const std::byte* v = call.layer + shape.v_offset() + item.kv_head * shape.v_head_bytes();
+  chunk.first = begin;
+  chunk.subs = 0;
+  for (int token = begin; token < end; token += SUB, ++chunk.subs) {
+    const int64_t block = int64_t(table[token / shape.block_size]) * 256;
+    const int slot = token % shape.block_size;
+    chunk.k[chunk.subs] = reinterpret_cast<const uint32_t*>(k + block) + slot;
+    chunk.v[chunk.subs] = reinterpret_cast<const uint32_t*>(v + block) + int64_t(slot) / lanes * shape.v_width();
+  }
+}
+
+// Scores -> probabilities, the row's maximum, sums and accumulators kept in step. MASKED: some row does not see all of the chunk.
+template <typename Method, bool MASKED>
+APPORTION_INLINE void soften(Tile& tile, const Chunk& chunk) {
+  const int vectors = chunk.subs * (SUB / WIDTH);
+  const float scale = tile.shape->scale * LOG2E;
+  float index[WIDTH];
+  for (int i = 0; i < WIDTH; ++i) index[i] = float(i);
+  const V lane = load(index);
+  for (int r = 0; r < tile.rows; ++r) {
+    float* scores = tile.scores + r * CHUNK;
+    V top = set1(LOWEST);
+    if constexpr (MASKED) {
+      const V low = set1(float(tile.low[r] - chunk.first) - 0.5f), high = set1(float(tile.high[r] - chunk.first));
+      for (int v = 0; v < vectors; ++v) {
+        const V token = lane + set1(float(v * WIDTH)), hidden = set1(-INFINITY);
+        const V score = select_less(token, high, select_less(low, token, load(scores + v * WIDTH), hidden), hidden);
+        store(scores + v * WIDTH, score);
+        top = max(top, score);
+      }
+    } else {
+      for (int v = 0; v < vectors; ++v) top = max(top, load(scores + v * WIDTH));
+    }
+    const float highest = reduce_max(top);
+    V sum = load(tile.sums + r * WIDTH);
+    if (highest > tile.highest[r]) {
+      const V shrink = exp2(set1((tile.highest[r] - highest) * scale));
+      tile.highest[r] = highest;
+      sum = sum * shrink;
+      float* acc = tile.acc + r * tile.acc_stride;
+      for (int c = 0; c < tile.acc_stride; c += WIDTH) store(acc + c, load(acc + c) * shrink);
+    }
+    const V shift = set1(tile.highest[r] * scale), factor = set1(scale);
+    for (int v = 0; v < vectors; ++v) {
+      const V p = exp2(load(scores + v * WIDTH) * factor - shift);
+      sum = sum + p;
+      Method::put(tile, r, v, p);
+    }
+    store(tile.sums + r * WIDTH, sum);
+  }
+}
+
+template <typename Method>
+APPORTION_INLINE void walk_partition(Tile& tile, const RunCall& call, const Item& item, int begin, int end) {
+  std::fill(tile.highest, tile.highest + tile.rows, LOWEST);
+  std::memset(tile.acc, 0, sizeof(float) * tile.rows * tile.acc_stride);
+  std::memset(tile.sums, 0, sizeof(float) * tile.rows * WIDTH);
+  const int all_low = tile.low[tile.rows - 1], all_high = tile.high[0];  // every row sees [all_low, all_high)
+  Chunk chunk, next;
+  const auto cut = [&](Chunk& c, int from) { find_chunk(c, call, item, Method::LANES, from, std::min(from / CHUNK * CHUNK + CHUNK, end)); };
+  cut(next, begin);
+  for (int from = begin, to; from < end; from = to) {
+    to = from / CHUNK * CHUNK + CHUNK;
+    chunk = next;
+    if (to < end) cut(next, to);
+    for (int s = next.subs; s < chunk.subs; ++s) next.k[s] = chunk.k[s], next.v[s] = chunk.v[s];  // nothing to fetch ahead there
+    Method::score(tile, chunk, next);
+    if (from >= all_low && std::min(to, from + chunk.subs * SUB) <= all_high) soften<Method, false>(tile, chunk);
+    else soften<Method, true>(tile, chunk);
+    Method::mix(tile, chunk, next);
+  }
+}
+
+// total <- total merged with a partition's (acc, highest, sum). A partition that the row does not see changes nothing.
+APPORTION_INLINE void merge_row(float* total, const float* acc, float highest, float sum, int width, float scale, bool first) {
+  float *top = total + padded(width), *norm = top + 1;
+  if (first) *top = LOWEST, *norm = 0.f;
+  const float both = *top > highest ? *top : highest;
+  const float keep = exp2((*top - both) * scale), take = exp2((highest - both) * scale);
+  *norm = *norm * keep + sum * take;
+  *top = both;
+  for (int c = 0; c < padded(width); c += WIDTH) {
+    const V old = first ? zero() : load(total + c);
+    store(total + c, fma(load(acc + c), set1(take), old * set1(keep)));
+  }
+}
+
+APPORTION_INLINE void write_row(const RunCall& call, const Item& item, int r, const float* total) {
+  const Shape& shape = *call.shape;
+  const int group = shape.group(), row = item.first_row + r, width = shape.v_head_dim;
+  const int64_t token = call.plan->query_start_loc[item.request] + row / group;
+  float* out = call.out + token * call.out_stride + (item.kv_head * group + row % group) * int64_t(width);
+  const V norm = set1(total[padded(width) + 1]);
+  for (int c = 0; c < width; c += WIDTH) store_n(out + c, load(total + c) / norm, width - c);
+}
+
+template <typename Method>
+void run_tile(const RunCall& call, const Item& item, std::byte* scratch) {
+  Tile tile;
+  load_tile(tile, call, item, scratch);
+  Method::prepare(tile);
+  const Shape& shape = *call.shape;
+  const int size = partial_floats(shape), width = shape.v_head_dim;
+  const Merge* merge = item.merge < 0 ? nullptr : &call.plan->merges[item.merge];
+  for (int part = item.first_partition; part < item.last_partition; ++part) {
+    walk_partition<Method>(tile, call, item, std::max(part * PARTITION, tile.begin / SUB * SUB), std::min((part + 1) * PARTITION, tile.end));
+    for (int r = 0; r < tile.rows; ++r) {
+      const float *acc = tile.acc + r * tile.acc_stride, sum = reduce_add(load(tile.sums + r * WIDTH));
+      if (merge == nullptr) {
+        merge_row(tile.total + r * size, acc, tile.highest[r], sum, width, shape.scale * LOG2E, part == item.first_partition);
+        continue;
+      }
+      float* partial = call.workspace + merge->partials + (int64_t(part - merge->first_partition) * tile.rows + r) * size;
+      std::memcpy(partial, acc, sizeof(float) * padded(width));
+      partial[padded(width)] = tile.highest[r];
+      partial[padded(width) + 1] = sum;
+    }
+  }
+  if (merge == nullptr)
+    for (int r = 0; r < tile.rows; ++r) write_row(call, item, r, tile.total + r * size);
+}
+
+inline void merge_partitions(const RunCall& call, const Item& item, const Merge& merge, std::byte* scratch) {
+  const Shape& shape = *call.shape;
+  const int size = partial_floats(shape), width = padded(shape.v_head_dim);
+  float* total = reinterpret_cast<float*>(scratch);
+  for (int r = 0; r < item.num_rows; ++r) {
+    for (int part = 0; part < merge.num_partitions; ++part) {
+      const float* partial = call.workspace + merge.partials + (int64_t(part) * item.num_rows + r) * size;
+      merge_row(total, partial, partial[width], partial[width + 1], shape.v_head_dim, shape.scale * LOG2E, part == 0);
+    }
+    write_row(call, item, r, total);
+  }
+}
+
+}  // namespace apportion::APPORTION_ISA
