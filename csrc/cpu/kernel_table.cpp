@@ -6,6 +6,7 @@
 namespace apportion::APPORTION_ISA {
 
 extern const ElementwiseKernels elementwise_kernels;
+extern const ExpertsKernels experts_kernels;
 extern const LinearKernels linear_kernels;
 
 extern const attention::Kernels attention_kernels;
@@ -16,6 +17,7 @@ const KernelTable table = {
     .attention = &attention_kernels,
     .linear = &linear_kernels,
     .elementwise = &elementwise_kernels,
+    .experts = &experts_kernels,
 };
 
 }  // namespace apportion::APPORTION_ISA

@@ -5,6 +5,7 @@
 namespace apportion {
 
 struct ElementwiseKernels;
+struct ExpertsKernels;
 struct LinearKernels;
 
 namespace attention {
@@ -16,6 +17,7 @@ struct KernelTable {
   const attention::Kernels* attention;
   const LinearKernels* linear;
   const ElementwiseKernels* elementwise;
+  const ExpertsKernels* experts;
 };
 
 // The table chosen for this process (isa.cpp).

@@ -2,15 +2,13 @@
 #include "linear.h"
 
 #include "kernel_table.h"
-#include "panel_tiles.h"
+#include "panel_product.h"
 
 namespace apportion::APPORTION_ISA {
 
 namespace {
 
 // ---- multiply ---------------------------------------------------------------------------------------------------------------
-
-constexpr size_t SCRATCH_BYTES = K_BLOCK * PANEL * sizeof(float);
 
 // Rows of x that stay in L2 while all panels pass over them.
 int64_t rows_at_a_time(int64_t rows, int64_t C) {
@@ -19,15 +17,12 @@ int64_t rows_at_a_time(int64_t rows, int64_t C) {
 }
 
 void multiply_vectors(ThreadTeam& team, const PackedMatrix& w, const float* x, int64_t x_stride, float* y, int64_t y_stride, int64_t rows) {
-  const auto panel = w.dtype == DType::FP32   ? multiply_panel_vectors<Fp32>
-                     : w.dtype == DType::BF16 ? multiply_panel_vectors<Bf16>
-                                              : multiply_panel_vectors<Fp16>;
   const int64_t chunk = rows_at_a_time(rows, w.C);
   for (int64_t row = 0; row < rows; row += chunk) {
     const int64_t n = smaller(chunk, rows - row);
     share(team, w.num_panels(), n * w.N * w.C, [&](int64_t p, int thread) {
-      panel(w.panel(p), w.C, w.bias ? w.bias + p * PANEL : nullptr, x + row * x_stride, x_stride, n, y + row * y_stride + p * PANEL, y_stride,
-            w.columns(p), reinterpret_cast<float*>(team.local(thread, SCRATCH_BYTES)));
+      multiply_panel(w, p, Rows{x + row * x_stride, x_stride, nullptr, n}, y + row * y_stride + p * PANEL, y_stride,
+                     panel_scratch(team, thread));
     });
   }
 }
@@ -41,14 +36,15 @@ void multiply_tiles(ThreadTeam& team, const PackedMatrix& w, const float* x, int
     const int64_t n = smaller(TILE_CHUNK_ROWS, rows - row);
     uint16_t* tiles = reinterpret_cast<uint16_t*>(team.shared(tile_copy_bytes(n, w.C)));
     const float* x_rows = x + row * x_stride;
-    share(team, ceil_div(n, TILE_ROWS), n * w.C, [&](int64_t block, int) { copy_tile_block(x_rows, x_stride, n, w.C, block, tiles); });
+    share(team, ceil_div(n, TILE_ROWS), n * w.C, [&](int64_t block, int) {
+      copy_tile_block([&](int64_t r) { return x_rows + r * x_stride; }, n, w.C, block, tiles);
+    });
     const int64_t k_chunk = n <= 2 * TILE_ROWS ? C : TILE_CHUNK_K;
     for (int64_t k = 0; k < C; k += k_chunk) {
       const int64_t k_count = smaller(k_chunk, C - k);
       share(team, num_panels, n * w.N * k_count, [&](int64_t p, int thread) {
         const std::byte* next = w.panel(p + 1 < num_panels ? p + 1 : p) + k * PANEL * 2;
-        multiply_panel_tiles(w.panel(p), next, w.C, k, k_count, w.bias ? w.bias + p * PANEL : nullptr, tiles, n,
-                             y + row * y_stride + p * PANEL, y_stride, w.columns(p), reinterpret_cast<float*>(team.local(thread, SCRATCH_BYTES)));
+        multiply_panel_tiles(w, p, next, k, k_count, tiles, n, y + row * y_stride + p * PANEL, y_stride, panel_scratch(team, thread));
       });
     }
   }
@@ -130,7 +126,7 @@ void pack(ThreadTeam& team, const PackedMatrix& w, const void* source, DType sou
   share(team, end_panel - begin_panel, count * w.C, [&](int64_t item, int) {
     const int64_t p = begin_panel + item, begin = larger(first, p * PANEL), end = smaller(last, (p + 1) * PANEL);
     const std::byte* rows = static_cast<const std::byte*>(source) + (begin - first) * stride * element_bytes(source_dtype);
-    pack_columns(w.panels + p * w.panel_bytes(), w.dtype, w.C, rows, source_dtype, stride, int(begin - p * PANEL), int(end - p * PANEL),
+    pack_columns(w.panel(p), w.dtype, w.C, rows, source_dtype, stride, int(begin - p * PANEL), int(end - p * PANEL),
                  first + count - begin);
   });
 }

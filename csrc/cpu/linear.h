@@ -20,10 +20,13 @@ struct PackedMatrix {
   int64_t N, C;
   std::byte* panels = nullptr;
   const float* bias = nullptr;  // [padded(N)] or null
+  int64_t interleaved = 1;      // matrices that share the buffer panel by panel (gate and up of an expert)
 
   int64_t num_panels() const { return padded(N) / PANEL; }
   int64_t panel_bytes() const { return padded(C) * PANEL * element_bytes(dtype); }
-  const std::byte* panel(int64_t p) const { return panels + p * panel_bytes(); }
+  int64_t nbytes() const { return num_panels() * panel_bytes(); }
+  std::byte* panel(int64_t p) const { return panels + p * interleaved * panel_bytes(); }
+  const float* panel_bias(int64_t p) const { return bias == nullptr ? nullptr : bias + p * PANEL; }
   int columns(int64_t p) const { return int(N - p * PANEL < PANEL ? N - p * PANEL : PANEL); }
 };
 

@@ -17,6 +17,7 @@ void bind_attention(nb::module_& m);
 void bind_linear(nb::module_& m);
 void bind_bandwidth(nb::module_& m);
 void bind_elementwise(nb::module_& m);
+void bind_experts(nb::module_& m);
 
 static nb::dict features() {
   nb::dict sets;
@@ -49,4 +50,5 @@ NB_MODULE(_cpu, m) {
   bind_linear(m);
   bind_bandwidth(m);
   bind_elementwise(m);
+  bind_experts(m);
 }

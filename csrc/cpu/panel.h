@@ -128,10 +128,14 @@ static inline void unpack(const std::byte* weights, int64_t n, float* out) {
 
 constexpr int64_t PREFETCH_BYTES = 4096;
 
-// `scratch`: K_BLOCK * 32 floats of this thread.
+// Panel p of w times all rows. `scratch`: K_BLOCK * 32 floats of this thread.
 template <class Format>
-static void multiply_panel_vectors(const std::byte* panel, int64_t C, const float* bias, const float* x, int64_t x_stride, int64_t rows,
-                                   float* y, int64_t y_stride, int columns, float* scratch) {
+static void multiply_panel_vectors(const PackedMatrix& w, int64_t p, const float* x, int64_t x_stride, int64_t rows, float* y,
+                                   int64_t y_stride, float* scratch) {
+  const std::byte* panel = w.panel(p);
+  const float* bias = w.panel_bias(p);
+  const int columns = w.columns(p);
+  const int64_t C = w.C;
   if (rows <= DIRECT_ROWS) {
     const Slice all = {panel, C, x, x_stride, y, y_stride, columns, bias, false, PREFETCH_BYTES};
     return multiply_up_to<Format, DIRECT_ROWS, PANEL_VECTORS>(all, int(rows));

@@ -14,18 +14,21 @@ APPORTION_INLINE const uint16_t* tile_block(const uint16_t* tiles, int64_t C, in
 
 APPORTION_INLINE size_t tile_copy_bytes(int64_t rows, int64_t C) { return size_t(rows * padded(C)) * sizeof(uint16_t); }
 
-// Rows of block `block` of x[rows, C] to bf16 (to nearest even; subnormals become zero, as the tile instruction treats them).
-static inline void copy_tile_block(const float* x, int64_t x_stride, int64_t rows, int64_t C, int64_t block, uint16_t* tiles) {
+// 32 floats to bf16 (to nearest even; subnormals become zero, as the tile instruction treats them).
+APPORTION_INLINE void store_tile_row(uint16_t* out, V low, V high) { _mm512_storeu_si512(out, (__m512i)_mm512_cvtne2ps_pbh(high, low)); }
+
+// Block `block` of x[rows, C] to bf16; row(r) is the address of row r.
+template <typename Row>
+static inline void copy_tile_block(Row&& row_address, int64_t rows, int64_t C, int64_t block, uint16_t* tiles) {
   const int64_t n = smaller(TILE_ROWS, rows - block * TILE_ROWS);
   uint16_t* out = tiles + block * TILE_ROWS * padded(C);
   for (int64_t r = 0; r < n; ++r) {
-    const float* row = x + (block * TILE_ROWS + r) * x_stride;
+    const float* row = row_address(block * TILE_ROWS + r);
     for (int64_t k = 0; k < C; k += TILE_K) {
       const int left = int(C - k);
       const V low = left >= WIDTH ? load(row + k) : load_n(row + k, left);
       const V high = left >= TILE_K ? load(row + k + WIDTH) : load_n(row + k + WIDTH, left > WIDTH ? left - WIDTH : 0);
-      const __m512bh both = _mm512_cvtne2ps_pbh(high, low);
-      _mm512_storeu_si512(out + (k / TILE_K * n + r) * TILE_K, (__m512i)both);
+      store_tile_row(out + (k / TILE_K * n + r) * TILE_K, low, high);
     }
   }
 }
@@ -116,10 +119,12 @@ static inline void multiply_tiles(const TileSlice& s) {
 
 constexpr int64_t TILE_STEP_BYTES = TILE_K * PANEL * int64_t(sizeof(uint16_t));
 
-// Channels k .. k + n (n a multiple of 32) of one panel times all rows. `next`: the panel slice this thread will read next (many
+// Channels k .. k + n (n a multiple of 32) of panel p times all rows. `next`: the panel slice this thread will read next (many
 // rows: fetched during this one). `scratch`: 32 * 32 floats of this thread, for a panel with missing columns.
-static void multiply_panel_tiles(const std::byte* panel, const std::byte* next, int64_t C, int64_t k, int64_t n, const float* bias,
-                                 const uint16_t* tiles, int64_t rows, float* y, int64_t y_stride, int columns, float* scratch) {
+static void multiply_panel_tiles(const PackedMatrix& w, int64_t p, const std::byte* next, int64_t k, int64_t n, const uint16_t* tiles,
+                                 int64_t rows, float* y, int64_t y_stride, float* scratch) {
+  const int64_t C = w.C;
+  const int columns = w.columns(p);
   asm volatile("" ::: "memory");  // tile loads are opaque to the compiler: what they read must have been written
   const int64_t steps = n / TILE_K, pairs = ceil_div(rows, 2 * TILE_ROWS);
   int configured = 0;
@@ -137,11 +142,11 @@ static void multiply_panel_tiles(const std::byte* panel, const std::byte* next, 
         .lower = tile_block(tiles, C, 2 * pair + 1) + k * lower,
         .upper_stride = upper * TILE_K,
         .lower_stride = lower * TILE_K,
-        .weights = panel + k * PANEL * 2,
+        .weights = w.panel(p) + k * PANEL * 2,
         .steps = steps,
         .y = target,
         .y_stride = target_stride,
-        .start = bias,
+        .start = w.panel_bias(p),
         .resume = k > 0,
         .ahead = nullptr,
         .ahead_bytes = 0,

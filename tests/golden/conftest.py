@@ -95,15 +95,15 @@ def randomize(model: torch.nn.Module, seed: int) -> None:
 
 @pytest.fixture(scope="session")
 def make_checkpoint(tmp_path_factory):
-    """A function (config class name, fields, dtype, shard size) -> (folder, the transformers model of that folder in float32)."""
+    """A function (config class, fields, dtype, shard size, seed, experts fused) -> (folder, transformers' model of it in float32)."""
     transformers = pytest.importorskip("transformers")
 
-    def make(name: str, fields: dict, dtype: str = "float32", shard_size: str = "5GB", seed: int = 0):
+    def make(name: str, fields: dict, dtype: str = "float32", shard_size: str = "5GB", seed: int = 0, fused: bool = False):
         config = getattr(transformers, name)(**fields)
         model = transformers.AutoModelForCausalLM.from_config(config)
         randomize(model, seed)
         folder = tmp_path_factory.mktemp(name)
-        model.to(getattr(torch, dtype)).save_pretrained(folder, max_shard_size=shard_size)
+        model.to(getattr(torch, dtype)).save_pretrained(folder, max_shard_size=shard_size, save_original_format=not fused)
         reference = transformers.AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32, attn_implementation="eager")
         return folder, reference.eval()
 

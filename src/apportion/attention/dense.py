@@ -37,11 +37,14 @@ class DenseBackend:
         k_norm_D: Tensor | None = None,
     ) -> Tensor:
         spec, heads, kv_heads, dim = self.spec, self.spec.num_heads, self.spec.kv.num_kv_heads, self.spec.kv.head_dim
-        q, k, v = (x.unflatten(-1, (-1, dim)) for x in qkv_TC.split([heads * dim, kv_heads * dim, kv_heads * dim], dim=-1))
+        widths = [heads * dim, kv_heads * dim] + [kv_heads * spec.kv.v_head_dim] * (not spec.kv.latent)
+        q, k, *rest = (x.unflatten(-1, (-1, spec.kv.v_head_dim if i == 2 else dim)) for i, x in enumerate(qkv_TC.split(widths, dim=-1)))
+        v = rest[0] if rest else k[..., : spec.kv.v_head_dim]
+        turned = slice(dim - spec.rotary_dim, dim) if spec.kv.latent else slice(spec.rotary_dim)
         for x, weight in ((q, q_norm_D), (k, k_norm_D)):
             if weight is not None and spec.qk_norm_eps is not None:
                 x.copy_(self._ops.rms_norm(x.reshape(-1, dim), weight, spec.qk_norm_eps).view(x.shape))
-            self._ops.rotate(x[..., : spec.rotary_dim], positions_T, self._cos_sin, spec.interleaved)
+            self._ops.rotate(x[..., turned], positions_T, self._cos_sin, spec.interleaved)
         out = out_TC.unflatten(-1, (heads, -1))
         for first, last in zip(metadata.handle[:-1], metadata.handle[1:], strict=True):
             rows = slice(first, last)

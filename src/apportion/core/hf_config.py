@@ -9,7 +9,7 @@ from typing import Any
 
 from apportion.core.config import DTYPES
 from apportion.core.errors import CheckpointError, Unsupported
-from apportion.core.model_spec import ModelSpec, RopeSpec
+from apportion.core.model_spec import LatentSpec, ModelSpec, MoeSpec, RopeSpec
 
 # rope type -> the numbers it cannot do without
 ROPE_TYPES: dict[str, tuple[str, ...]] = {
@@ -69,13 +69,14 @@ def read_spec(config: Mapping[str, Any]) -> ModelSpec:
         raise Unsupported(f"checkpoints quantized by {quantized.get('quant_method')!r} cannot be read; known: unquantized ones")
     if (activation := fields.get("hidden_act", "silu")) not in ("silu", "swish"):
         raise Unsupported(f"unknown hidden_act {activation!r}; known: silu")
+    fields = Fields({**DEFAULTS.get(known[0], {}), **config})
     return ModelSpec(architecture=known[0], **_common(fields) | ARCHITECTURES[known[0]](fields))
 
 
 def _common(fields: Fields) -> dict[str, Any]:
     """What every family spells alike."""
     hidden, num_heads, num_layers = (fields.count(n) for n in ("hidden_size", "num_attention_heads", "num_hidden_layers"))
-    head_dim = fields.count("head_dim", hidden // num_heads)
+    head_dim = fields.count("head_dim", fields.get("qk_rope_head_dim", hidden // num_heads))
     num_kv_heads = fields.count("num_key_value_heads", num_heads)
     if num_heads % num_kv_heads:
         raise CheckpointError(f"config.json: {num_heads} attention heads cannot share {num_kv_heads} key-value heads evenly")
@@ -159,13 +160,117 @@ def _qwen3(fields: Fields) -> dict[str, Any]:
     return facts
 
 
-def qwen_windows(fields: Fields) -> tuple[int | None, ...]:
+def _mixtral(fields: Fields) -> dict[str, Any]:
+    window = fields.count("sliding_window") if fields.get("sliding_window") is not None else None
+    num_layers = fields.count("num_hidden_layers")
+    moe = MoeSpec(
+        num_experts=_num_experts(fields, 8),
+        top_k=fields.count("num_experts_per_tok", 2),
+        ffn=fields.count("intermediate_size"),
+        layers=tuple(range(num_layers)),
+    )
+    return {"windows": (window,) * num_layers, "moe": moe}
+
+
+def _qwen2_moe(fields: Fields) -> dict[str, Any]:
+    num_layers, first = fields.count("num_hidden_layers"), fields.get("max_window_layers", 28)
+    kinds = ["sliding_attention" if i % 2 == 0 and i < first else "full_attention" for i in range(num_layers)]
+    shared = {"num_shared": 1, "shared_ffn": fields.count("shared_expert_intermediate_size", 5632), "shared_gate": True}
+    return {
+        "qkv_bias": fields.flag("qkv_bias", True),
+        "windows": qwen_windows(fields, kinds),
+        "moe": _qwen_mixture(fields, 60, 4, 1408, **shared),
+    }
+
+
+def _qwen3_moe(fields: Fields) -> dict[str, Any]:
+    bias, num_layers = fields.flag("attention_bias"), fields.count("num_hidden_layers")
+    windows = qwen_windows(fields, ["sliding_attention"] * num_layers)
+    return {"qkv_bias": bias, "out_bias": bias, "qk_norm": True, "windows": windows, "moe": _qwen_mixture(fields, 128, 8, 768)}
+
+
+def _qwen_mixture(fields: Fields, num_experts: int, top_k: int, ffn: int, **shared: Any) -> MoeSpec | None:
+    """Every decoder_sparse_step-th layer is a mixture, but for those in mlp_only_layers."""
+    step, dense = fields.count("decoder_sparse_step", 1), fields.get("mlp_only_layers", ())
+    layers = tuple(i for i in range(fields.count("num_hidden_layers")) if i not in dense and (i + 1) % step == 0)
+    if not layers:
+        return None
+    return MoeSpec(
+        num_experts=_num_experts(fields, num_experts),
+        top_k=fields.count("num_experts_per_tok", top_k),
+        ffn=fields.count("moe_intermediate_size", ffn),
+        layers=layers,
+        renormalize=fields.flag("norm_topk_prob"),
+        **shared,
+    )
+
+
+def _num_experts(fields: Fields, default: int) -> int:
+    """transformers 5 writes num_local_experts where published Qwen configs have num_experts."""
+    return fields.count("num_experts", fields.get("num_local_experts", default))
+
+
+def _deepseek_v2(fields: Fields) -> dict[str, Any]:
+    q_lora = fields.count("q_lora_rank") if fields.config.get("q_lora_rank", 1536) is not None else 0
+    latent = LatentSpec(
+        kv_lora_rank=fields.count("kv_lora_rank"),
+        q_lora_rank=q_lora,
+        qk_nope_dim=fields.count("qk_nope_head_dim"),
+        qk_rope_dim=fields.count("qk_rope_head_dim"),
+        v_dim=fields.count("v_head_dim"),
+    )
+    bias = fields.flag("attention_bias")
+    return {
+        "head_dim": latent.qk_nope_dim + latent.qk_rope_dim,
+        "num_kv_heads": fields.count("num_attention_heads"),
+        "rope": read_rope(fields, latent.qk_rope_dim, interleaved=True)[0],
+        "latent": latent,
+        "moe": _deepseek_mixture(fields),
+        "qkv_bias": bias,
+        "out_bias": bias,
+        "mlp_bias": fields.flag("mlp_bias"),
+    }
+
+
+def _deepseek_mixture(fields: Fields) -> MoeSpec | None:
+    """Layers from first_k_dense_replace on. The two routing methods that DeepSeek-V2 was published with."""
+    method, scoring = fields.get("topk_method", "greedy"), fields.get("scoring_func", "softmax")
+    if method not in ("greedy", "group_limited_greedy"):
+        raise Unsupported(f"unknown topk_method {method!r}; known: greedy, group_limited_greedy")
+    if scoring != "softmax" or fields.flag("norm_topk_prob"):
+        raise Unsupported(
+            f"DeepSeek-V2 routing with scoring_func {scoring!r} and normalized weights is not known; known: softmax, as it is"
+        )
+    step = fields.count("moe_layer_freq", 1)
+    layers = tuple(i for i in range(fields.get("first_k_dense_replace", 0), fields.count("num_hidden_layers")) if i % step == 0)
+    if fields.get("n_routed_experts") is None or not layers:
+        return None
+    num_experts, ffn, num_shared = (fields.get(name, 0) for name in ("n_routed_experts", "moe_intermediate_size", "n_shared_experts"))
+    num_groups, top_groups = (fields.count("n_group"), fields.count("topk_group")) if method == "group_limited_greedy" else (1, 1)
+    if num_experts % num_groups or top_groups > num_groups:
+        raise CheckpointError(f"config.json: {num_experts} experts do not form {num_groups} groups of which {top_groups} are chosen")
+    return MoeSpec(
+        num_experts=num_experts,
+        top_k=fields.count("num_experts_per_tok"),
+        ffn=ffn,
+        layers=layers,
+        num_shared=num_shared,
+        shared_ffn=num_shared * ffn,
+        renormalize=False,
+        num_groups=num_groups,
+        top_groups=top_groups,
+        scale=fields.number("routed_scaling_factor", 1.0),
+    )
+
+
+def qwen_windows(fields: Fields, default_kinds: list[str] | None = None) -> tuple[int | None, ...]:
     """Layers from max_window_layers on slide, or those that layer_types names; none unless use_sliding_window."""
     num_layers = fields.count("num_hidden_layers")
     if not fields.flag("use_sliding_window"):
         return (None,) * num_layers
     window, first = fields.count("sliding_window", 4096), fields.get("max_window_layers", 28)
-    kinds = fields.get("layer_types", ["full_attention"] * min(first, num_layers) + ["sliding_attention"] * (num_layers - first))
+    later = ["full_attention"] * min(first, num_layers) + ["sliding_attention"] * (num_layers - first)
+    kinds = fields.get("layer_types", default_kinds or later)
     if unknown := set(kinds) - {"full_attention", "sliding_attention"}:
         raise Unsupported(f"unknown layer type {min(unknown)!r}; known: full_attention, sliding_attention")
     if len(kinds) != num_layers:
@@ -173,10 +278,23 @@ def qwen_windows(fields: Fields) -> tuple[int | None, ...]:
     return tuple(window if kind == "sliding_attention" else None for kind in kinds)
 
 
+# architecture -> fields that a config may leave out and whose defaults differ from those of most families
+DEFAULTS: dict[str, dict[str, Any]] = {
+    "MixtralForCausalLM": {"rms_norm_eps": 1e-5, "rope_theta": 1e6, "num_key_value_heads": 8},
+    "DeepseekV2ForCausalLM": {
+        "kv_lora_rank": 512, "qk_nope_head_dim": 128, "qk_rope_head_dim": 64, "v_head_dim": 128, "n_routed_experts": 64,
+        "n_shared_experts": 2, "moe_intermediate_size": 1407,
+    },
+}  # fmt: skip
+
 # architecture -> what its config says beyond the common fields
 ARCHITECTURES: dict[str, Callable[[Fields], dict[str, Any]]] = {
     "LlamaForCausalLM": _llama,
     "MistralForCausalLM": _mistral,
     "Qwen2ForCausalLM": _qwen2,
     "Qwen3ForCausalLM": _qwen3,
+    "MixtralForCausalLM": _mixtral,
+    "Qwen2MoeForCausalLM": _qwen2_moe,
+    "Qwen3MoeForCausalLM": _qwen3_moe,
+    "DeepseekV2ForCausalLM": _deepseek_v2,
 }

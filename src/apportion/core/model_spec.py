@@ -5,6 +5,7 @@ core/hf_config reads them from a Hugging Face config.json.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass, field
 from typing import Any
@@ -27,6 +28,11 @@ class RopeSpec:
     interleaved: bool = False
     scaling: str = "default"
     parameters: dict[str, float] = field(default_factory=dict)
+
+
+def yarn_mscale(factor: float, mscale: float = 1.0) -> float:
+    """YaRN's temperature of attention for a context stretched by `factor` (arXiv:2309.00071, section 3.4)."""
+    return 1.0 if factor <= 1 else 0.1 * mscale * math.log(factor) + 1.0
 
 
 @dataclass(frozen=True, slots=True)
@@ -66,7 +72,8 @@ class ModelSpec:
     """One decoder.
 
     max_position: the longest context it is made for, rope scaling included. dtype: of the checkpoint. tied: the output projection is the
-    embedding table. windows: per layer, the sliding window in tokens (itself included) or None.
+    embedding table. windows: per layer, the sliding window in tokens (itself included) or None. head_dim: channels of a query and a key
+    before any absorption. qkv_bias: of latent attention's down-projections, too.
     """
 
     architecture: str
@@ -143,8 +150,10 @@ class ModelSpec:
     @property
     def attention_scale(self) -> float:
         """What scores are multiplied by before the softmax."""
-        head_dim = self.head_dim if self.latent is None else self.latent.qk_nope_dim + self.latent.qk_rope_dim
-        return float(head_dim**-0.5)
+        scale = float(self.head_dim**-0.5)
+        if self.latent is not None and self.rope.parameters.get("mscale_all_dim"):  # DeepSeek-V2 warms the softmax, others the cosines
+            scale *= yarn_mscale(self.rope.parameters["factor"], self.rope.parameters["mscale_all_dim"]) ** 2
+        return scale
 
     def heads_per_rank(self, tp_size: int) -> int:
         if self.num_heads % tp_size:
@@ -175,6 +184,8 @@ class ModelSpec:
     def activation_bytes(self, num_tokens: int, num_logit_rows: int, tp_size: int = 1) -> int:
         """Bytes of a step's largest buffers on one rank: float32, reused by every layer."""
         width = self.head_dim * (2 * self.num_heads + 2 * self.num_kv_heads) // tp_size
+        if (m := self.latent) is not None:  # queries, absorbed queries, attended latents, values
+            width = self.num_heads * (self.head_dim + 2 * m.kv_lora_rank + m.qk_rope_dim + m.v_dim) // tp_size
         ffn = max(self.ffn, (self.moe.top_k * self.moe.ffn + self.moe.shared_ffn) if self.moe else 0)
         per_token = 4 * self.hidden + width + 3 * ffn // tp_size
         return 4 * (num_tokens * per_token + 2 * num_logit_rows * self.vocab)

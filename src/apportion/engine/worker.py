@@ -12,6 +12,7 @@ import threading
 import traceback
 from collections.abc import Callable
 from dataclasses import dataclass
+from functools import partial
 from typing import Any
 
 import torch
@@ -37,12 +38,13 @@ REPORT_FRAMES = 4
 
 @dataclass(frozen=True, slots=True)
 class WorkerConfig:
-    """name: of the lane. store_path: where the ranks of a group meet."""
+    """name: of the lane. shared: other processes map its weights. store_path: where the ranks of a group meet."""
 
     name: str
     device: str
     kernels: str
     share: ComputeShare
+    shared: bool = False
     rank: int = 0
     size: int = 1
     store_path: str = ""
@@ -50,6 +52,7 @@ class WorkerConfig:
 
 class Worker:
     def __init__(self, config: WorkerConfig, kv_arena: Arena) -> None:
+        self.config = config
         self.platform = select_platform(config.device)
         self.platform.enter(config.share)
         torch.set_num_threads(1)  # kernels bring their own team
@@ -64,7 +67,9 @@ class Worker:
     ) -> tuple[Arena, dict[str, Any]]:
         """Make a model runnable, from its checkpoint or over weights that another worker packed: (arena, manifest), given and returned."""
         if weights is None:
-            loaded = load_model(config, spec, self.ops, self.group)
+            create_arena = partial(self.platform.create_arena, shared=self.config.shared)
+            loaded = load_model(config, spec, self.ops, self.group, create_arena=create_arena)
+            loaded.arena.collapse()
         else:
             arena, manifest = weights
             loaded = attach_model(manifest, arena, self.ops, self.group)

@@ -8,6 +8,7 @@ from torch import Tensor, nn
 
 from apportion.attention.backend import AttentionBackend, ForwardContext
 from apportion.attention.dense import DenseBackend
+from apportion.attention.mla import LatentBackend
 from apportion.attention.paged import PagedBackend
 from apportion.core.errors import InternalError
 from apportion.core.kv_spec import KVGroupSpec
@@ -20,13 +21,16 @@ from apportion.layers.site import Site
 class Attention(nn.Module):
     """qkv [T, (H + 2K) * D] -> [T, H * D] in the slot "attended".
 
-    q_norm, k_norm: per-head norms before rotation, where the model has them.
+    q_norm, k_norm: per-head norms before rotation, where the model has them. value_dim: channels of a head's output, head_dim unless
+    given. Latent attention takes the absorbed queries followed by the latent, [T, (H + 1) * D] (attention/mla).
     """
 
-    def __init__(self, site: Site, layer: int, q_norm: RMSNorm | None = None, k_norm: RMSNorm | None = None) -> None:
+    def __init__(
+        self, site: Site, layer: int, q_norm: RMSNorm | None = None, k_norm: RMSNorm | None = None, value_dim: int | None = None
+    ) -> None:
         super().__init__()
         self.layer = layer
-        self.width = site.spec.heads_per_rank(site.group.size) * site.spec.head_dim
+        self.width = site.spec.heads_per_rank(site.group.size) * (value_dim or site.spec.head_dim)
         self.q_norm, self.k_norm = q_norm, k_norm
         self._activations = site.activations
         self._run: Callable[..., Tensor] = _no_backend
@@ -69,7 +73,12 @@ def bind_paged_attention(
     groups: ModelSpec.kv_groups of this rank. Weights are bound before.
     """
     cos_sin = cos_sin_table(site.spec.rope, max_model_len)
-    return _bind(model, groups, lambda group: PagedBackend(site.ops, attention_spec(site, group), arena, cos_sin))
+
+    def make(group: KVGroupSpec) -> AttentionBackend:
+        kind = LatentBackend if group.latent else PagedBackend
+        return kind(site.ops, attention_spec(site, group), arena, cos_sin)
+
+    return _bind(model, groups, make)
 
 
 def bind_dense_attention(model: nn.Module, site: Site, groups: Sequence[KVGroupSpec], max_len: int) -> tuple[AttentionBackend, ...]:

@@ -67,6 +67,50 @@ class Linear(nn.Module):
         return asdict(self.op.spec) | asdict(self.record)
 
 
+class HeadLinear(nn.Module):
+    """y_h = x_h W_h^T for every head of this rank: x [T, H, C], y [T, H, N], both with any strides between rows and heads.
+
+    The checkpoint tensor `site` holds `height` rows per head; W_h [N, C] is rows `part` of them, or their transpose. A linear of its own
+    for each head keeps the promise that a row's bits depend on that row alone.
+    """
+
+    def __init__(self, site: Site, heads: Shard, height: int, columns: int, part: slice, transposed: bool = False) -> None:
+        super().__init__()
+        self.name = f"{site.name}.{part.start}"
+        self.heads, self.height, self.columns, self.part, self.transposed = heads, height, columns, part, transposed
+        self.source = site.name
+        self.record = site.records.of(site.name)
+        rows = part.stop - part.start
+        shape = (columns, rows) if transposed else (rows, columns)
+        self.ops = [site.ops.linear(LinearSpec(*shape, self.record.dtype)) for _ in range(heads.count)]
+        self._stride = -(-self.ops[0].nbytes // 256) * 256
+
+    def forward(self, x_THC: Tensor, out_THN: Tensor) -> Tensor:
+        for head, op in enumerate(self.ops):
+            op(x_THC[:, head], out_THN[:, head])
+        return out_THN
+
+    @property
+    def nbytes(self) -> int:
+        return self._stride * len(self.ops)
+
+    def bind(self, buffer: Tensor) -> None:
+        for head, op in enumerate(self.ops):
+            op.bind(buffer[head * self._stride : head * self._stride + op.nbytes])
+
+    def sources(self, present: Collection[str]) -> Iterator[TensorSource]:
+        for head, op in enumerate(self.ops):
+            first = (self.heads.start + head) * self.height
+            index = (slice(first + self.part.start, first + self.part.stop), slice(None))
+            yield TensorSource(f"{self.source}.weight", (self.heads.total * self.height, self.columns), index, partial(self._load, op))
+
+    def _load(self, op: Any, weight: Tensor) -> None:
+        op.load_rows(weight.T.contiguous() if self.transposed else weight, 0)
+
+    def describe(self) -> dict[str, Any]:
+        return asdict(self.ops[0].spec) | asdict(self.record) | {"heads": len(self.ops)}
+
+
 def replicated(site: Site, out_features: int, in_features: int, slot: str, bias: bool = False) -> Linear:
     """The whole matrix on every rank."""
     return Linear(site, [(site.name, Shard.whole(out_features))], Shard.whole(in_features), slot, bias)

@@ -13,13 +13,13 @@ from apportion.layers.weights import TensorSource
 
 
 class RMSNorm(nn.Module):
-    """x / sqrt(mean(x^2) + eps) * weight, over the last axis; the weight is float32 [width]."""
+    """x / sqrt(mean(x^2) + eps) * weight, over the last axis; the weight is float32 [width]. eps None: the model's."""
 
-    def __init__(self, site: Site, width: int, slot: str = "normed") -> None:
+    def __init__(self, site: Site, width: int, slot: str = "normed", eps: float | None = None) -> None:
         super().__init__()
         self.name = site.name
         self.width = width
-        self.eps = site.spec.norm_eps
+        self.eps = site.spec.norm_eps if eps is None else eps
         self.weight = torch.empty(0)  # a view of the weight arena once bound
         self._slot = slot
         self._activations = site.activations

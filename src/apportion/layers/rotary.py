@@ -10,7 +10,7 @@ import math
 import torch
 from torch import Tensor
 
-from apportion.core.model_spec import RopeSpec
+from apportion.core.model_spec import RopeSpec, yarn_mscale
 
 
 def cos_sin_table(rope: RopeSpec, num_positions: int) -> Tensor:
@@ -90,7 +90,3 @@ def yarn_attention_factor(p: dict[str, float]) -> float:
     if p.get("mscale") and p.get("mscale_all_dim"):
         return yarn_mscale(p["factor"], p["mscale"]) / yarn_mscale(p["factor"], p["mscale_all_dim"])
     return yarn_mscale(p["factor"])
-
-
-def yarn_mscale(factor: float, mscale: float = 1.0) -> float:
-    return 1.0 if factor <= 1 else 0.1 * mscale * math.log(factor) + 1.0

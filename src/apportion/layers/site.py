@@ -32,10 +32,12 @@ class Activations:
 
     def _make(self, slot: str, num_tokens: int, width: int) -> Tensor:
         storage = self._storage.get(slot)
-        if storage is None or len(storage) < num_tokens or len(self._views) >= MAX_VIEWS:
-            rows = max(num_tokens, 0 if storage is None else len(storage))
+        if storage is None or len(storage) < num_tokens:
+            rows = 1 << max(num_tokens - 1, 0).bit_length()  # pages that are never touched cost nothing
             storage = self._storage[slot] = torch.empty(rows, width)
-            self._views = {key: view for key, view in self._views.items() if key[0] != slot} if len(self._views) < MAX_VIEWS else {}
+            self._views = {key: view for key, view in self._views.items() if key[0] != slot}  # they keep the old storage alive
+        if len(self._views) >= MAX_VIEWS:
+            self._views.clear()
         view = self._views[slot, num_tokens] = storage[:num_tokens]
         return view
 

@@ -9,7 +9,7 @@ from __future__ import annotations
 import json
 import mmap
 import re
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from math import prod
 from pathlib import Path
@@ -93,7 +93,7 @@ class StoredTensor:
 class SafetensorsFile:
     """A mapped file. `tensors` is in file order. Errors: CheckpointError naming the file and what is wrong with it."""
 
-    def __init__(self, path: Path) -> None:
+    def __init__(self, path: Path, aliases: Sequence[tuple[str, str]] = ()) -> None:
         self.path = path
         try:
             with path.open("rb") as file:
@@ -107,7 +107,7 @@ class SafetensorsFile:
             raise CheckpointError(f"{path} is truncated: its header ends at byte {start}, the file has {size}")
         try:
             header = json.loads(self._map[8:start])
-            self.tensors = sorted(self._entries(header, start), key=lambda t: t.start)
+            self.tensors = sorted(self._entries(header, start, aliases), key=lambda t: t.start)
         except (ValueError, KeyError, TypeError) as error:
             raise CheckpointError(f"{path} has no valid safetensors header: {error}") from error
         for t in self.tensors:
@@ -115,11 +115,11 @@ class SafetensorsFile:
                 raise CheckpointError(f"{path} is truncated: tensor {t.name} ends at byte {t.stop}, the file has {size}")
 
     @staticmethod
-    def _entries(header: dict[str, Any], base: int) -> Iterator[StoredTensor]:
+    def _entries(header: dict[str, Any], base: int, aliases: Sequence[tuple[str, str]]) -> Iterator[StoredTensor]:
         for name, entry in header.items():
             if name != "__metadata__":
                 first, last = entry["data_offsets"]
-                yield StoredTensor(name, entry["dtype"], tuple(entry["shape"]), base + first, base + last)
+                yield StoredTensor(respell(name, aliases), entry["dtype"], tuple(entry["shape"]), base + first, base + last)
 
     def read(self, stored: StoredTensor) -> Tensor:
         """A view of the mapped pages, not to be written. Errors: CheckpointError for a dtype that is no float."""
@@ -138,12 +138,22 @@ class SafetensorsFile:
         self._map.madvise(mmap.MADV_DONTNEED, start, stored.stop - start)
 
 
-class Checkpoint:
-    """All tensors of a folder: `model.safetensors`, or the files that `model.safetensors.index.json` names."""
+def respell(name: str, aliases: Sequence[tuple[str, str]]) -> str:
+    for pattern, replacement in aliases:
+        if re.search(pattern, name):
+            return re.sub(pattern, replacement, name)
+    return name
 
-    def __init__(self, folder: Path) -> None:
+
+class Checkpoint:
+    """All tensors of a folder: `model.safetensors`, or the files that `model.safetensors.index.json` names.
+
+    aliases: (pattern, replacement) of names to be spelt anew; the first pattern found counts.
+    """
+
+    def __init__(self, folder: Path, aliases: Sequence[tuple[str, str]] = ()) -> None:
         self.folder = folder
-        self.files = [SafetensorsFile(path) for path in _weight_files(folder)]
+        self.files = [SafetensorsFile(path, aliases) for path in _weight_files(folder)]
         self.tensors: dict[str, tuple[SafetensorsFile, StoredTensor]] = {}
         for file in self.files:
             for stored in file.tensors:
@@ -152,7 +162,7 @@ class Checkpoint:
                 self.tensors[stored.name] = file, stored
         if (folder / INDEX_NAME).is_file():
             for name, file_name in read_json(folder / INDEX_NAME).get("weight_map", {}).items():
-                if name not in self.tensors:
+                if respell(name, aliases) not in self.tensors:
                     raise CheckpointError(f"{INDEX_NAME} places tensor {name} in {file_name}, which does not hold it")
 
 

@@ -13,11 +13,13 @@ __all__ = ["CausalLM", "ForwardContext"]
 
 
 class CausalLM(Protocol):
-    """A module tree made from a Site. One instance runs one step at a time: its results live in buffers that the next step reuses."""
+    """A module tree made from a Site. One instance runs one step at a time: its results live in buffers that the next step reuses.
+
+    aliases: (pattern, replacement) of checkpoint names that are spelt otherwise there; the first pattern found counts.
+    """
 
     site: Site
-
-    def __init__(self, site: Site) -> None: ...
+    aliases: tuple[tuple[str, str], ...]
 
     def forward(self, token_ids_T: Tensor, context: ForwardContext) -> Tensor:
         """token_ids int32 [T] -> hidden states [T, M], after the last norm."""

@@ -72,7 +72,7 @@ def load_model(
         _bind(layers, manifest, arena)
         _fill_dummy(layers, config.seed)
     else:
-        checkpoint = Checkpoint(resolve_folder(config.model, config.revision))
+        checkpoint = Checkpoint(resolve_folder(config.model, config.revision), model.aliases)
         sources = match_sources(layers, checkpoint, spec)
         arena = create_arena(manifest["nbytes"])  # after the checks: a bad checkpoint costs no memory
         _bind(layers, manifest, arena)

@@ -1,6 +1,7 @@
-"""Bytes that other processes can map: the KV cache and packed weights live in them.
+"""Bytes that kernels read for long: the KV cache and packed weights live in them, mapped by other processes where those need them.
 
-Pages are taken when they are first touched, and counted once (PSS) however many processes map them.
+Pages are taken when they are first touched. Streaming from pages of 2 MiB is a third faster than from ordinary ones (benchmarks/LOG.md):
+private memory gets them by advice, shared memory (counted once, as PSS, however many processes map it) by `collapse` once it is filled.
 """
 
 from __future__ import annotations
@@ -17,11 +18,13 @@ from torch import Tensor
 
 from apportion.core.errors import InvalidParameter, OutOfMemory
 
+MADV_COLLAPSE = 25  # Linux 6.1: make what is resident huge now, whatever the system's policy for shared memory
+
 
 class Arena:
-    """A shared mapping of `nbytes` bytes (page aligned) behind the file descriptor `fd`, as the uint8 tensor `tensor`.
+    """A mapping of `nbytes` bytes (page aligned) as the uint8 tensor `tensor`; shared, behind the descriptor `fd`, or private (fd -1).
 
-    Give it to a child process by pickling it (multiprocessing passes the descriptor) or by `pass_fds=[arena.fd]` and
+    Give a shared one to a child process by pickling it (multiprocessing passes the descriptor) or by `pass_fds=[arena.fd]` and
     `Arena.attach(fd, nbytes)` there. The mapping ends with its last tensor: `close` drops the arena's own and the descriptor.
     """
 
@@ -29,25 +32,33 @@ class Arena:
 
     def __init__(self, fd: int, nbytes: int) -> None:
         """Takes over `fd`, whose file holds at least nbytes. Use `create` or `attach`."""
-        mapping = mmap.mmap(fd, nbytes)
+        self._mapping = mmap.mmap(fd, nbytes) if fd >= 0 else mmap.mmap(-1, nbytes, mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS)
         with suppress(OSError):  # advice: a kernel without huge pages refuses it, and nothing is lost
-            mapping.madvise(mmap.MADV_HUGEPAGE)
-        self._tensor = torch.frombuffer(mapping, dtype=torch.uint8)
+            self._mapping.madvise(mmap.MADV_HUGEPAGE)
+        self._tensor = torch.frombuffer(self._mapping, dtype=torch.uint8)
         self.fd = fd
         self.nbytes = nbytes
 
     @classmethod
-    def create(cls, nbytes: int) -> Arena:
+    def create(cls, nbytes: int, shared: bool = True) -> Arena:
         """A new one, zero-filled. Errors: InvalidParameter for a size below 1, OutOfMemory where the system refuses it."""
         if nbytes < 1:
             raise InvalidParameter(f"an arena needs at least one byte, got {nbytes}")
-        fd = _anonymous_file()
+        fd = _anonymous_file() if shared else -1
         try:
-            os.ftruncate(fd, nbytes)
+            if shared:
+                os.ftruncate(fd, nbytes)
             return cls(fd, nbytes)
         except (OSError, ValueError, OverflowError) as error:
-            os.close(fd)
+            if shared:
+                os.close(fd)
             raise OutOfMemory(f"an arena of {nbytes} bytes cannot be mapped: {error}") from error
+
+    def collapse(self) -> None:
+        """Make the touched pages of a shared arena huge, where the system can. Takes about a second per GiB."""
+        if self.fd >= 0:
+            with suppress(OSError):  # an older kernel, or no free huge page: the bytes stay as they are
+                self._mapping.madvise(MADV_COLLAPSE)
 
     @classmethod
     def attach(cls, fd: int, nbytes: int) -> Arena:
@@ -65,19 +76,23 @@ class Arena:
 
     @property
     def resident_bytes(self) -> int:
-        """Bytes that have been touched, by any process that maps it."""
+        """Bytes of a shared arena that have been touched, by any process that maps it."""
         return os.fstat(self.fd).st_blocks * 512
 
     def close(self) -> None:
         """Drop the descriptor; the bytes live on as long as a tensor over them does. Twice is fine."""
         if self._tensor is not None:
             self._tensor = None
-            os.close(self.fd)
+            del self._mapping
+            if self.fd >= 0:
+                os.close(self.fd)
 
     def __del__(self) -> None:
         self.close()
 
     def __reduce__(self) -> tuple[Any, ...]:
+        if self.fd < 0:
+            raise InvalidParameter("a private arena cannot be given to another process: create it with shared=True")
         return _attach_received, (reduction.DupFd(self.fd), self.nbytes)
 
 

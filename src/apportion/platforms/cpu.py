@@ -34,8 +34,8 @@ class CpuPlatform:
     def free_memory(self) -> int:
         return memory.free_memory()
 
-    def create_arena(self, nbytes: int) -> Arena:
-        return Arena.create(nbytes)
+    def create_arena(self, nbytes: int, shared: bool = True) -> Arena:
+        return Arena.create(nbytes, shared)
 
     def compute_shares(self, num_threads: Sequence[int]) -> tuple[ComputeShare, ...]:
         """One thread to a physical core where there are enough of them; else siblings stay in one share as far as possible."""

@@ -23,8 +23,8 @@ class NullPlatform:
     def free_memory(self) -> int:
         return self._memory
 
-    def create_arena(self, nbytes: int) -> Arena:
-        return Arena.create(nbytes)
+    def create_arena(self, nbytes: int, shared: bool = True) -> Arena:
+        return Arena.create(nbytes, shared)
 
     def compute_shares(self, num_threads: Sequence[int]) -> tuple[ComputeShare, ...]:
         return deal(range(self.num_cores), num_threads)

@@ -36,8 +36,8 @@ class Platform(Protocol):
     def free_memory(self) -> int:
         """Bytes that can still be taken without swapping or being killed."""
 
-    def create_arena(self, nbytes: int) -> Arena:
-        """Bytes that another process can map; touched lazily."""
+    def create_arena(self, nbytes: int, shared: bool = True) -> Arena:
+        """Bytes that another process can map if `shared`; touched lazily."""
 
     def compute_shares(self, num_threads: Sequence[int]) -> tuple[ComputeShare, ...]:
         """Disjoint shares of these sizes. Errors: InvalidParameter where they exceed the cores at hand."""

@@ -100,7 +100,7 @@ def test_heads_of_ranks():
 @pytest.mark.parametrize(
     ("changes", "error", "said"),
     [
-        ({"architectures": ["GPT2LMHeadModel"]}, Unsupported, r"unknown architecture 'GPT2LMHeadModel'; known: LlamaForCausalLM"),
+        ({"architectures": ["GPT2LMHeadModel"]}, Unsupported, r"unknown architecture 'GPT2LMHeadModel'; known: .*LlamaForCausalLM"),
         ({"architectures": ...}, Unsupported, "names no architectures"),
         ({"rope_scaling": {"rope_type": "longrope", "factor": 2}}, Unsupported, "unknown rope type 'longrope'; known: default, linear"),
         ({"rope_scaling": {"rope_type": "linear"}}, CheckpointError, "factor must be a number, got None"),

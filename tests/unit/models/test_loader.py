@@ -250,3 +250,12 @@ def test_a_module_can_be_replaced(tiny, load, logits_of):
     other = load(tiny.folder, load_format="dummy")
     loaded.model.layers[0].mlp = other.model.layers[0].mlp
     assert not torch.equal(logits_of(loaded.model, TOKENS), before)
+
+
+def test_large_tensors_are_packed_in_pieces(tiny, load, logits_of, monkeypatch):
+    whole = logits_of(load(tiny.write()).model, TOKENS)
+    monkeypatch.setattr("apportion.layers.weights.CHUNK_BYTES", 1)
+    loaded = load(tiny.folder)
+    pieces = [source for layer in weight_layers(loaded.model) for source in layer.sources(()) if source.name == "lm_head.weight"]
+    assert [source.index[0] for source in pieces] == [slice(0, 32), slice(32, 64), slice(64, 96), slice(96, 101)]
+    assert torch.equal(logits_of(loaded.model, TOKENS), whole)

@@ -1,5 +1,6 @@
 import multiprocessing
 import os
+import pickle
 import subprocess
 import sys
 
@@ -84,3 +85,19 @@ def test_errors_name_the_size():
     arena = Arena.create(4096)
     with pytest.raises(InvalidParameter, match="4096 bytes, 8192 were asked for"):
         Arena.attach(arena.fd, 8192)
+
+
+def test_a_private_arena_stays_in_its_process():
+    arena = Arena.create(3 << 20, shared=False)
+    arena.tensor[-1] = 7
+    arena.collapse()
+    assert arena.tensor.sum() == 7
+    with pytest.raises(InvalidParameter, match="private arena"):
+        pickle.dumps(arena)
+
+
+def test_collapse_keeps_the_bytes_of_a_shared_arena():
+    arena = Arena.create(5 << 20)
+    arena.tensor.copy_(torch.arange(arena.nbytes) % 251)
+    arena.collapse()
+    assert torch.equal(Arena.attach(os.dup(arena.fd), arena.nbytes).tensor, (torch.arange(arena.nbytes) % 251).to(torch.uint8))

@@ -31,7 +31,8 @@ class ExecutorFactory:
         self._config = config
         self._platform = select_platform(config.device)
         self._shares = deal_threads(config, self._platform)
-        self.kv_arenas = [self._platform.create_arena(kv_bytes) for _ in range(config.parallel.tensor_parallel_size)]
+        self._shared = any(lane.executor != "uniproc" for lane in config.lanes)  # does another process map our bytes?
+        self.kv_arenas = [self._platform.create_arena(kv_bytes, self._shared) for _ in range(config.parallel.tensor_parallel_size)]
 
     def __call__(self, lane: LaneConfig) -> WorkerClient:
         size = self._config.parallel.tensor_parallel_size
@@ -39,9 +40,8 @@ class ExecutorFactory:
         if share.num_threads < size:
             raise InvalidParameter(f"lane {lane.name!r} has {share.num_threads} threads for {size} ranks; give every rank one")
         shares = deal(share.cores, [(share.num_threads + rank) // size for rank in range(size)])
-        workers = [
-            WorkerConfig(lane.name, self._platform.name, self._config.kernels, share, rank, size) for rank, share in enumerate(shares)
-        ]
+        name, device, kernels = lane.name, self._platform.name, self._config.kernels
+        workers = [WorkerConfig(name, device, kernels, share, self._shared, rank, size) for rank, share in enumerate(shares)]
         return EXECUTORS.get(lane.executor)(workers, self.kv_arenas)
 
     def close(self) -> None:

@@ -8,7 +8,7 @@ from apportion.kernels.cpu import extension
 from apportion.kernels.dispatch import Capability, Implementation
 from apportion.platforms.platform import ComputeShare
 
-OPS = ("linear", "paged_attention", "latent_attention", "rotate", "rms_norm", "add_rms_norm", "silu_mul", "route")
+OPS = ("linear", "experts", "paged_attention", "latent_attention", "rotate", "rms_norm", "add_rms_norm", "silu_mul", "route")
 ROUNDS_ACTIVATIONS = {"amx": ("bfloat16",)}  # matrix tiles multiply bf16 by bf16
 RANKS = {"generic": 10, "avx2": 20, "avx512": 30, "amx": 40}
 

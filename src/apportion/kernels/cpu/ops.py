@@ -8,9 +8,10 @@ from torch import Tensor
 
 from apportion.kernels.cpu.attention import LatentAttention, PagedAttention, Rotary
 from apportion.kernels.cpu.elementwise import Elementwise
+from apportion.kernels.cpu.experts import PackedExperts
 from apportion.kernels.cpu.extension import load
 from apportion.kernels.cpu.linear import PackedLinear
-from apportion.kernels.ops import AttentionSpec, LinearSpec
+from apportion.kernels.ops import AttentionSpec, ExpertsSpec, LinearSpec
 
 
 class CpuOps:
@@ -33,6 +34,10 @@ class CpuOps:
     def linear(self, spec: LinearSpec) -> PackedLinear:
         self._module.select_isa(self.isa)
         return PackedLinear(self.team, spec)
+
+    def experts(self, spec: ExpertsSpec) -> PackedExperts:
+        self._module.select_isa(self.isa)
+        return PackedExperts(self.team, spec)
 
     def paged_attention(self, spec: AttentionSpec, arena: Tensor) -> PagedAttention:
         self._module.select_isa(self.isa)
