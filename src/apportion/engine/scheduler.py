@@ -246,7 +246,7 @@ class Scheduler:
         """Give a running request a row, preempting the last in order while memory is short."""
         if not num_tokens:
             return
-        fence = self._fence(request) if request.num_in_flight_steps else None
+        fence = self._fence(request) if request.num_in_flight_steps or self._moves.ops else None
         while (new := self.kv.allocate(request, start, num_tokens, fence)) is None:
             draft.short_of_memory = True
             victim = self.running[-1]
