@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Collection, Iterator
 from dataclasses import dataclass
-from typing import Any, Protocol, runtime_checkable
+from typing import Any, Protocol
 
 from torch import Tensor
 
@@ -47,7 +47,6 @@ class TensorSource:
     init: str = "normal"  # or "ones"
 
 
-@runtime_checkable
 class WeightLayer(Protocol):
     """A leaf of the module tree that owns weights. `name` is its own, as in the checkpoint."""
 
