@@ -4,8 +4,13 @@ from __future__ import annotations
 
 import random
 from dataclasses import dataclass, field
+from pathlib import Path
 
 import torch
+
+from apportion.core.sampling_params import SamplingParams
+
+from ..combinations.harness import Setup, generate
 
 TOLERANCE = 1e-4  # max |difference| / max |logit|
 NUM_PROMPTS, NUM_TOKENS, MAX_PROMPT = 20, 64, 40
@@ -40,9 +45,13 @@ def prompts_of(family: Family) -> list[list[int]]:
     return [[rng.randrange(SMALL["vocab_size"]) for _ in range(rng.randint(1, MAX_PROMPT))] for _ in range(NUM_PROMPTS)]
 
 
-def hold_to_transformers(family: Family, reference, driver) -> None:
+def hold_to_transformers(family: Family, folder: Path, reference, driver) -> None:
+    """driver: of the model in `folder`; it shows logits, and the engine makes the tokens, with the same kernels."""
     prompts = prompts_of(family)
-    generated = driver.generate(prompts, NUM_TOKENS)
+    # prompts are cut into chunks, requests wait for one another, and those that decode share steps with those that do not yet
+    setup = Setup(model=folder, kernels=driver.kernels, budget=48, max_num_seqs=12, kv_blocks=256)
+    results = generate(setup, prompts, SamplingParams(temperature=0.0, max_tokens=NUM_TOKENS, ignore_eos=True))
+    generated = [list(result.token_ids) for result in results]
     whole = [prompt + tokens for prompt, tokens in zip(prompts, generated, strict=True)]
     if family.one_by_one:
         assert generated == [greedy(reference, prompt) for prompt in prompts]

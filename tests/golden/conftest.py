@@ -1,4 +1,4 @@
-"""Checkpoints made by transformers, and a driver that runs a model over paged attention without an engine."""
+"""Checkpoints made by transformers, and a driver that shows the logits of every row, which an engine keeps to itself."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ import torch
 from apportion.attention.backend import AttentionMetadata, ForwardContext
 from apportion.core.config import ModelConfig
 from apportion.core.errors import Unsupported
-from apportion.kernels.dispatch import select_ops
+from apportion.kernels.dispatch import choose, select_ops
 from apportion.layers.attention import bind_paged_attention
 from apportion.models.checkpoint import read_spec
 from apportion.models.loader import load_model
@@ -23,6 +23,7 @@ class Driver:
     """Requests with a fixed run of blocks each, stepped together. dtype is float32 throughout."""
 
     def __init__(self, folder: Path, kernels: str, max_len: int = 256, max_requests: int = 20) -> None:
+        self.kernels = kernels
         spec = read_spec(folder)
         ops = select_ops(select_platform("cpu"), prefer=kernels)
         self.loaded = load_model(ModelConfig(model=str(folder), dtype="float32"), spec, ops)
@@ -51,35 +52,22 @@ class Driver:
         hidden = self.model.forward(flat, ForwardContext(positions, metadata))
         return self.model.compute_logits(hidden)
 
-    def generate(self, prompts: list[list[int]], num_tokens: int, chunk: int = 7) -> list[list[int]]:
-        """Greedy. Prompts are computed in chunks while earlier requests already decode."""
-        known = [list(prompt) for prompt in prompts]
-        computed = [0] * len(prompts)
-        while any(len(row) < len(prompt) + num_tokens for row, prompt in zip(known, prompts, strict=True)):
-            pieces = [row[c : c + chunk] for row, c in zip(known, computed, strict=True)]
-            logits = self.step(pieces, computed)
-            last = torch.tensor([len(piece) for piece in pieces]).cumsum(0) - 1
-            sampled = logits[last].argmax(dim=-1).tolist()
-            for i, piece in enumerate(pieces):
-                computed[i] += len(piece)
-                if computed[i] == len(known[i]) and len(known[i]) < len(prompts[i]) + num_tokens + 1:
-                    known[i].append(sampled[i])
-        return [row[len(prompt) : len(prompt) + num_tokens] for row, prompt in zip(known, prompts, strict=True)]
+
+@pytest.fixture(scope="session", params=["reference", "cpu"])
+def kernels(request) -> str:
+    """Every set of kernels that this machine can run."""
+    try:
+        choose("cpu", request.param)
+    except Unsupported as error:
+        pytest.skip(str(error))
+    return request.param
 
 
 @pytest.fixture(scope="session")
 def make_driver():
-    """A function (folder, kernels) -> Driver; skips where this machine has no such kernels."""
     torch.set_num_threads(1)
-
-    def make(folder: Path, kernels: str, **limits: int) -> Driver:
-        try:
-            return Driver(folder, kernels, **limits)
-        except Unsupported as error:
-            pytest.skip(str(error))
-
     with torch.inference_mode():
-        yield make
+        yield Driver
 
 
 def randomize(model: torch.nn.Module, seed: int) -> None:

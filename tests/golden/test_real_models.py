@@ -6,12 +6,15 @@ import json
 
 import pytest
 
+from apportion.core.sampling_params import SamplingParams
+from ..combinations.harness import Setup, running
 
-@pytest.mark.parametrize("kernels", ["reference", "cpu"])
+
 @pytest.mark.parametrize("name", ["stories260K", "babyllama-tok105"])
-def test_golden_text(name, kernels, shared_data, make_driver):
+def test_golden_text(name, kernels, shared_data):
     cases = json.loads((shared_data(name) / "golden.json").read_text())["cases"]
-    driver = make_driver(shared_data(name) / "hf", kernels)
-    for case in cases:
-        expected = case["output_ids"]
-        assert driver.generate([case["prompt_ids"]], len(expected)) == [expected]
+    with running(Setup(model=shared_data(name) / "hf", kernels=kernels)) as run:
+        for case in cases:
+            params = SamplingParams(temperature=0.0, max_tokens=len(case["output_ids"]), ignore_eos=True)
+            (result,) = run.generate([case["prompt_ids"]], params)
+            assert list(result.token_ids) == case["output_ids"]

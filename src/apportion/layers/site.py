@@ -7,6 +7,7 @@ from dataclasses import dataclass, field, replace
 import torch
 from torch import Tensor
 
+from apportion.core.errors import InternalError
 from apportion.core.model_spec import ModelSpec
 from apportion.kernels.ops import Ops
 from apportion.parallel.groups import ParallelGroup
@@ -32,6 +33,8 @@ class Activations:
 
     def _make(self, slot: str, num_tokens: int, width: int) -> Tensor:
         storage = self._storage.get(slot)
+        if storage is not None and storage.shape[1] != width:
+            raise InternalError(f"activation slot {slot!r} is {storage.shape[1]} wide and was asked for {width}")
         if storage is None or len(storage) < num_tokens:
             rows = 1 << max(num_tokens - 1, 0).bit_length()  # pages that are never touched cost nothing
             storage = self._storage[slot] = torch.empty(rows, width)
