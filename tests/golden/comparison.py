@@ -9,8 +9,7 @@ from pathlib import Path
 import torch
 
 from apportion.core.sampling_params import SamplingParams
-
-from ..combinations.harness import Setup, generate
+from tests.combinations.harness import Setup, generate
 
 TOLERANCE = 1e-4  # max |difference| / max |logit|
 NUM_PROMPTS, NUM_TOKENS, MAX_PROMPT = 20, 64, 40

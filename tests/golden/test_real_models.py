@@ -7,7 +7,7 @@ import json
 import pytest
 
 from apportion.core.sampling_params import SamplingParams
-from ..combinations.harness import Setup, running
+from tests.combinations.harness import Setup, running
 
 
 @pytest.mark.parametrize("name", ["stories260K", "babyllama-tok105"])
