@@ -87,14 +87,14 @@ def test_two_processes_share_weights_and_agree_with_a_thread(bundled_model, expe
         assert b.generate(first, 6) == b.generate(second, 6, first_block=3) == expected
 
         # weights and KV memory outlive a worker that is killed; a new one attaches and loads nothing
-        victim = first._links[0].process
-        os.kill(victim.pid, signal.SIGKILL)
+        (victim,) = first.pids
+        os.kill(victim, signal.SIGKILL)
         start = time.monotonic()
         while first.is_alive:
             assert time.monotonic() - start < 1.0
             time.sleep(0.01)
         for call in (lambda: first.poll(1.0), lambda: first.submit(SchedulerOutput(0, "m", {})), lambda: b.load(first)):
-            with pytest.raises(ExecutorDied, match=f"'a' died: worker process {victim.pid} was killed by SIGKILL"):
+            with pytest.raises(ExecutorDied, match=f"'a' died: worker process {victim} was killed by SIGKILL"):
                 call()
         first.shutdown()
         b.executors.append(b.factory(b.config.lanes[0]))
@@ -132,7 +132,7 @@ from tests.unit.engine.test_executors import Bench
 from pathlib import Path
 b = Bench(Path(sys.argv[1]), "multiproc")
 b.load(b.executors[0])
-print(b.executors[0]._links[0].process.pid, flush=True)
+print(b.executors[0].pids[0], flush=True)
 try:
     time.sleep(60)
 except KeyboardInterrupt:
@@ -167,6 +167,6 @@ def test_two_ranks_give_the_tokens_of_one(bundled_model, expected):
         weights = b.load(executor)
         assert len(weights.arena) == 2
         assert b.generate(executor, 6) == expected
-        os.kill(executor._links[1].process.pid, signal.SIGKILL)
+        os.kill(executor.pids[1], signal.SIGKILL)
         with pytest.raises(ExecutorDied, match=r"rank 1 died: .* was killed by SIGKILL"):
             b.generate(executor, 6)

@@ -46,7 +46,7 @@ class ProcessLink:
         ours, theirs = socket.socketpair()
         lifeline, held = os.pipe()
         try:
-            self.process = subprocess.Popen(
+            process = subprocess.Popen(
                 [sys.executable, "-m", "apportion.engine.worker", str(theirs.fileno()), str(lifeline)],
                 env=os.environ | {"PYTHONPATH": os.pathsep.join(filter(None, sys.path))},
                 pass_fds=(theirs.fileno(), lifeline),
@@ -56,11 +56,12 @@ class ProcessLink:
         finally:
             theirs.close()
             os.close(lifeline)
+        self.pid = process.pid
         self._channel = Channel(ours)
         self.send((config, kv_arena))
-        reader = threading.Thread(target=_read, args=(self._channel, self.process, config.rank, replies), daemon=True)
+        reader = threading.Thread(target=_read, args=(self._channel, process, config.rank, replies), daemon=True)
         reader.start()
-        self.close = weakref.finalize(self, _stop, self._channel, self.process, held, reader)
+        self.close = weakref.finalize(self, _stop, self._channel, process, held, reader)
 
     def send(self, message: tuple[Any, ...]) -> None:
         try:

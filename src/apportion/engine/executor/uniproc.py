@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import threading
 import weakref
 from queue import SimpleQueue
@@ -25,6 +26,7 @@ def uniproc(configs: list[WorkerConfig], kv_arenas: list[Arena]) -> WorkerClient
 
 class ThreadLink:
     def __init__(self, config: WorkerConfig, kv_arena: Arena, replies: SimpleQueue[Reply]) -> None:
+        self.pid = os.getpid()
         self._inbox: SimpleQueue[tuple[Any, ...] | None] = SimpleQueue()
 
         def reply(kind: str, value: Any) -> None:

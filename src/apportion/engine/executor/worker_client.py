@@ -21,7 +21,9 @@ CAUSE_TIMEOUT_S = 0.5  # how long the rank that died first is waited for when an
 
 
 class Link(Protocol):
-    """The way to one worker. Its replies arrive in the queue it was made with."""
+    """The way to one worker, in process `pid`. Its replies arrive in the queue it was made with."""
+
+    pid: int
 
     def send(self, message: tuple[Any, ...]) -> None:
         """Never blocks on compute. Silent when the worker is gone: its last reply says so."""
@@ -46,6 +48,11 @@ class WorkerClient:
     def is_alive(self) -> bool:
         self._drain(0.0)
         return self._death is None
+
+    @property
+    def pids(self) -> tuple[int, ...]:
+        """The processes that compute, in rank order."""
+        return tuple(link.pid for link in self._links)
 
     def load_model(
         self, config: ModelConfig, spec: ModelSpec, kv_groups: tuple[KVGroupSpec, ...], weights: WeightsHandle | None = None
