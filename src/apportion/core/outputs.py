@@ -43,7 +43,8 @@ class CompletionOutput:
     """One of the n completions of a request.
 
     finish_reason: "stop", "length", "abort" or "error", None while it runs. stop_reason: the string or token id that stopped
-    it, None for the end-of-sequence token. error: with finish_reason "error", the sentence that says why.
+    it, None for the end-of-sequence token. error: with finish_reason "error", the sentence that says why. seed: what the
+    tokens were drawn with; the same request with this seed and n=1 gives them again. None when greedy.
     """
 
     index: int
@@ -54,6 +55,7 @@ class CompletionOutput:
     finish_reason: str | None = None
     stop_reason: int | str | None = None
     error: str | None = None
+    seed: int | None = None
 
     def finished(self) -> bool:
         return self.finish_reason is not None

@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass, field
+from typing import Any
 
 from apportion.core.errors import InvalidParameter
 
@@ -51,6 +52,12 @@ class SamplingParams:
     priority: int = 0  # smaller runs earlier under the priority policy
     bad_words_token_ids: list[list[int]] = field(default_factory=list)  # made from bad_words by the tokenizer
 
+    def __new__(cls, *_: Any, **fields: Any) -> SamplingParams:
+        unknown = [name for name in fields if name not in cls.__dataclass_fields__]
+        if unknown:
+            raise InvalidParameter(f"unknown sampling parameter {unknown[0]!r}; known: {', '.join(cls.__dataclass_fields__)}")
+        return object.__new__(cls)
+
     def __post_init__(self) -> None:
         if isinstance(self.stop, str):
             self.stop = [self.stop]
@@ -86,6 +93,8 @@ class SamplingParams:
                 _integer(name, value, -1, 2**31 - 1)
         if self.seed is not None:
             _integer("seed", self.seed, -MAX_SEED, MAX_SEED)
+        if self.n > 1 and self.is_greedy:
+            raise InvalidParameter(f"n is {self.n} and temperature is 0: greedy completions would all be the same")
         if self.max_tokens is not None and self.min_tokens > self.max_tokens:
             raise InvalidParameter(f"min_tokens ({self.min_tokens}) is greater than max_tokens ({self.max_tokens})")
         if any(not isinstance(s, str) or not s for s in self.stop or ()):

@@ -7,7 +7,7 @@ from __future__ import annotations
 
 from bisect import bisect_right
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 from apportion.core.config import EngineConfig, ModelConfig
 from apportion.core.errors import InvalidParameter, OutOfMemory
@@ -18,6 +18,7 @@ from apportion.kvcache.arena import choose_slab_bytes
 FIXED_BYTES = 350 * 2**20  # interpreter, torch and its libraries, one process
 DEFAULT_SHARE = 0.5  # of what is free beside the weights, for a KV cache whose size nobody named
 LARGEST_SHARE = 0.9  # of the same, when one sequence of max_model_len needs more than that
+SHORTEST = 16  # tokens: a max_model_len below this is no answer
 
 
 @dataclass(frozen=True, slots=True)
@@ -64,31 +65,32 @@ def plan_memory(models: Sequence[tuple[ModelConfig, ModelSpec]], config: EngineC
     """Size the KV cache and check that everything fits into `free` bytes.
 
     An unnamed size is half of what remains beside the weights, at least one sequence of max_model_len and at most what
-    max_num_seqs of them can use.
+    max_num_seqs of them can use. Models share the cache: each must find room for one sequence. A max_model_len that nobody
+    named is lowered to what fits.
     Errors: OutOfMemory saying what would fit; InvalidParameter for a max_model_len the model is not made for.
     """
     named = config.cache.kv_cache_memory
     slab = _slab_bytes(models, config, named or free)
-    needs = tuple(_model_memory(model, spec, config, slab) for model, spec in models)
+    needs = [_model_memory(model, spec, config, slab) for model, spec in models]
     fixed = FIXED_BYTES * config.parallel.tensor_parallel_size
     weights = sum(m.weights for m in needs)
     taken = weights + sum(m.activations for m in needs) + fixed
     if taken >= free:
         to_run = format_bytes(taken - weights)
         raise OutOfMemory(f"weights of {format_bytes(weights)} and {to_run} to run them do not fit: {format_bytes(free)} are free")
-    remaining, smallest = free - taken, sum(m.sequence_kv for m in needs)
-    if named is not None:
-        if named > remaining:
-            raise OutOfMemory(
-                f"kv_cache_memory of {format_bytes(named)} does not fit: beside the weights {format_bytes(remaining)} are free"
-            )
-        if smallest > named:
-            raise OutOfMemory(_too_long(models, config, needs, slab, named, "kv_cache_memory gives"))
-        return MemoryPlan(needs, fixed, named, free)
-    if smallest > remaining * LARGEST_SHARE:
-        raise OutOfMemory(_too_long(models, config, needs, slab, int(remaining * LARGEST_SHARE), "memory leaves"))
-    useful = smallest * config.scheduler.max_num_seqs
-    return MemoryPlan(needs, fixed, max(smallest, min(useful, int(remaining * DEFAULT_SHARE))), free)
+    remaining = free - taken
+    if named is not None and named > remaining:
+        raise OutOfMemory(f"kv_cache_memory of {format_bytes(named)} does not fit: beside the weights {format_bytes(remaining)} are free")
+    room = named or int(remaining * LARGEST_SHARE)
+    for i, (model, spec) in enumerate(models):
+        if needs[i].sequence_kv > room:
+            fits = _largest_that_fits(model, spec, config, room, slab)
+            if model.max_model_len is not None or fits < SHORTEST:
+                raise OutOfMemory(_too_long(needs[i], room, "kv_cache_memory gives" if named else "memory leaves", fits))
+            needs[i] = _model_memory(replace(model, max_model_len=fits), spec, config, slab)
+    useful = sum(m.sequence_kv for m in needs) * config.scheduler.max_num_seqs
+    unnamed = max(max(m.sequence_kv for m in needs), min(useful, int(remaining * DEFAULT_SHARE)))
+    return MemoryPlan(tuple(needs), fixed, named or unnamed, free)
 
 
 def resolve_max_model_len(model: ModelConfig, spec: ModelSpec) -> int:
@@ -131,30 +133,26 @@ def _model_memory(model: ModelConfig, spec: ModelSpec, config: EngineConfig, sla
         max_model_len=max_model_len,
         weights=spec.weight_bytes(model.dtype, tp_size) * tp_size,
         activations=spec.activation_bytes(step_tokens, min(scheduler.max_num_seqs, step_tokens), tp_size) * tp_size,
-        sequence_kv=sequence_kv_bytes(_groups(model, spec, config), max_model_len, step_tokens, slab_bytes) * tp_size,
+        sequence_kv=sequence_kv_bytes(kv_groups(model, spec, config), max_model_len, step_tokens, slab_bytes) * tp_size,
     )
 
 
-def _groups(model: ModelConfig, spec: ModelSpec, config: EngineConfig) -> tuple[KVGroupSpec, ...]:
+def kv_groups(model: ModelConfig, spec: ModelSpec, config: EngineConfig) -> tuple[KVGroupSpec, ...]:
+    """A model's layer groups as one rank stores them under `config`."""
     kv_dtype = model.dtype if config.cache.kv_cache_dtype == "auto" else config.cache.kv_cache_dtype
     return spec.kv_groups(kv_dtype, config.cache.block_size, config.parallel.tensor_parallel_size)
 
 
 def _slab_bytes(models: Sequence[tuple[ModelConfig, ModelSpec]], config: EngineConfig, arena_bytes: int) -> int:
-    return choose_slab_bytes([group.block_bytes for model, spec in models for group in _groups(model, spec, config)], arena_bytes)
+    return choose_slab_bytes([group.block_bytes for model, spec in models for group in kv_groups(model, spec, config)], arena_bytes)
 
 
-def _too_long(
-    models: Sequence[tuple[ModelConfig, ModelSpec]],
-    config: EngineConfig,
-    needs: tuple[ModelMemory, ...],
-    slab_bytes: int,
-    room: int,
-    source: str,
-) -> str:
-    """Which max_model_len would fit, for the model that asks for most."""
-    worst = max(range(len(needs)), key=lambda i: needs[i].sequence_kv)
-    for_it = (room - sum(m.sequence_kv for i, m in enumerate(needs) if i != worst)) // config.parallel.tensor_parallel_size
-    would = largest_model_len(_groups(*models[worst], config), for_it, config.scheduler.max_num_batched_tokens, slab_bytes)
-    need = f"max_model_len {needs[worst].max_model_len} of {needs[worst].name} needs {format_bytes(needs[worst].sequence_kv)} of KV cache"
-    return f"{need} and {source} {format_bytes(room)}: " + (f"the largest that fits is {would}" if would else "no length fits")
+def _largest_that_fits(model: ModelConfig, spec: ModelSpec, config: EngineConfig, room: int, slab_bytes: int) -> int:
+    per_rank = room // config.parallel.tensor_parallel_size
+    return largest_model_len(kv_groups(model, spec, config), per_rank, config.scheduler.max_num_batched_tokens, slab_bytes)
+
+
+def _too_long(need: ModelMemory, room: int, source: str, fits: int) -> str:
+    wanted = f"max_model_len {need.max_model_len} of {need.name} needs {format_bytes(need.sequence_kv)} of KV cache"
+    what = f"{wanted} and {source} {format_bytes(room)}"
+    return f"{what}: the largest that fits is {fits}" if fits else f"{what}: no length fits"

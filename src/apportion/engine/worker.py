@@ -28,7 +28,7 @@ from apportion.engine.model_runner import ModelRunner
 from apportion.kernels.dispatch import select_ops
 from apportion.kvcache.storage import KVStorage
 from apportion.layers.attention import bind_paged_attention
-from apportion.models.loader import attach_model, load_model
+from apportion.models.loader import Progress, attach_model, load_model
 from apportion.parallel.groups import connect
 from apportion.platforms.arena import Arena
 from apportion.platforms.platform import ComputeShare, select_platform
@@ -51,7 +51,7 @@ class WorkerConfig:
 
 
 class Worker:
-    def __init__(self, config: WorkerConfig, kv_arena: Arena) -> None:
+    def __init__(self, config: WorkerConfig, kv_arena: Arena, progress: Progress | None = None) -> None:
         self.config = config
         self.platform = select_platform(config.device)
         self.platform.enter(config.share)
@@ -61,6 +61,7 @@ class Worker:
         self.group = connect(config.rank, config.size, config.store_path)
         self.storage = KVStorage(kv_arena)
         self.runners: dict[str, ModelRunner] = {}
+        self._progress = progress
 
     def load_model(
         self, config: ModelConfig, spec: ModelSpec, kv_groups: tuple[KVGroupSpec, ...], weights: tuple[Arena, dict[str, Any]] | None
@@ -68,7 +69,7 @@ class Worker:
         """Make a model runnable, from its checkpoint or over weights that another worker packed: (arena, manifest), given and returned."""
         if weights is None:
             create_arena = partial(self.platform.create_arena, shared=self.config.shared)
-            loaded = load_model(config, spec, self.ops, self.group, create_arena=create_arena)
+            loaded = load_model(config, spec, self.ops, self.group, progress=self._progress, create_arena=create_arena)
             loaded.arena.collapse()
         else:
             arena, manifest = weights
@@ -93,7 +94,7 @@ class Worker:
 def serve(config: WorkerConfig, kv_arena: Arena, receive: Callable[[], Any], reply: Callable[[str, Any], None]) -> None:
     """Make a worker and answer messages until one is None. Whatever ends it otherwise is reported as 'died'."""
     try:
-        worker = Worker(config, kv_arena)
+        worker = Worker(config, kv_arena, (lambda done, total: reply("progress", (done, total))) if config.rank == 0 else None)
         while (message := receive()) is not None:
             if message[0] == "step":
                 output = worker.execute(message[1])

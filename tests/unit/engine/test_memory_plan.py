@@ -43,10 +43,10 @@ def test_a_small_model_takes_no_more_than_it_can_use():
 
 
 def test_a_large_model_takes_half_of_what_is_left_or_one_sequence():
-    memory = plan(LARGE, 100 * GIB)
+    memory = plan(LARGE, 100 * GIB, max_model_len=131072)
     left = 100 * GIB - memory.weights - memory.activations - memory.fixed
     assert memory.kv_cache == left // 2
-    tight = plan(LARGE, memory.weights + memory.activations + memory.fixed + int(memory.models[0].sequence_kv / 0.85))
+    tight = plan(LARGE, memory.weights + memory.activations + memory.fixed + int(memory.models[0].sequence_kv / 0.85), max_model_len=131072)
     assert tight.kv_cache == tight.models[0].sequence_kv
 
 
@@ -60,10 +60,11 @@ def test_a_length_that_does_not_fit_says_which_would(explicit):
     cache = CacheConfig(kv_cache_memory=2 * GIB) if explicit else CacheConfig()
     free = 24 * GIB if explicit else 20 * GIB
     with pytest.raises(OutOfMemory, match="max_model_len 131072 of m needs") as caught:
-        plan(LARGE, free, cache=cache)
+        plan(LARGE, free, cache=cache, max_model_len=131072)
     would = int(re.search(r"largest that fits is (\d+)", str(caught.value)).group(1))
     assert 1000 < would < 131072
     assert plan(LARGE, free, cache=cache, max_model_len=would).models[0].max_model_len == would
+    assert plan(LARGE, free, cache=cache).models[0].max_model_len == would  # nobody named a length: it is lowered
     with pytest.raises(OutOfMemory):
         plan(LARGE, free, cache=cache, max_model_len=would + 64)
 

@@ -24,11 +24,13 @@ EXECUTORS: Registry[Callable[[list[WorkerConfig], list[Arena]], WorkerClient]] =
 class ExecutorFactory:
     """Call it with a lane's configuration to start, or start again, that lane's executor.
 
-    kv_bytes: of one rank. Errors: InvalidParameter where lanes and ranks need more threads than there are cores, OutOfMemory.
+    kv_bytes: of one rank. progress: called with (bytes loaded, bytes in all) while a model loads.
+    Errors: InvalidParameter where lanes and ranks need more threads than there are cores, OutOfMemory.
     """
 
-    def __init__(self, config: EngineConfig, kv_bytes: int) -> None:
+    def __init__(self, config: EngineConfig, kv_bytes: int, progress: Callable[[int, int], None] | None = None) -> None:
         self._config = config
+        self._progress = progress
         self._platform = select_platform(config.device)
         self._shares = deal_threads(config, self._platform)
         self._shared = any(lane.executor != "uniproc" for lane in config.lanes)  # does another process map our bytes?
@@ -42,7 +44,9 @@ class ExecutorFactory:
         shares = deal(share.cores, [(share.num_threads + rank) // size for rank in range(size)])
         name, device, kernels = lane.name, self._platform.name, self._config.kernels
         workers = [WorkerConfig(name, device, kernels, share, self._shared, rank, size) for rank, share in enumerate(shares)]
-        return EXECUTORS.get(lane.executor)(workers, self.kv_arenas)
+        client = EXECUTORS.get(lane.executor)(workers, self.kv_arenas)
+        client.on_progress = self._progress
+        return client
 
     def close(self) -> None:
         """Drop the KV memory; executors that still run keep their own hold on it."""

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import time
 from collections import deque
+from collections.abc import Callable
 from queue import Empty, SimpleQueue
 from typing import Any, Protocol
 
@@ -14,7 +15,8 @@ from apportion.core.model_spec import ModelSpec
 from apportion.core.schedule import ModelRunnerOutput, SchedulerOutput
 from apportion.engine.executor.executor import WeightsHandle
 
-# (rank, kind, value); kinds: 'output' of a step, 'result' or 'refused' of a call, 'died' with the worker's report, 'gone' with how it ended
+# (rank, kind, value); kinds: 'output' of a step, 'progress' of a load, 'result' or 'refused' of a call, 'died' with the worker's report,
+# 'gone' with how it ended
 Reply = tuple[int, str, Any]
 
 CAUSE_TIMEOUT_S = 0.5  # how long the rank that died first is waited for when another one complains of it
@@ -42,6 +44,7 @@ class WorkerClient:
         self._outputs: list[tuple[int, ModelRunnerOutput]] = []
         self._results: list[dict[str, Any]] = [{} for _ in links]
         self._death: ExecutorDied | None = None
+        self.on_progress: Callable[[int, int], None] | None = None  # bytes of a model loaded, bytes in all
         self._mourner: int | None = None  # the rank whose word stands and that itself died of another's death
 
     @property
@@ -118,6 +121,9 @@ class WorkerClient:
             self._outputs.append((self._tickets.popleft(), value))
         elif kind in ("result", "refused"):
             self._results[rank] = {kind: value}
+        elif kind == "progress":
+            if self.on_progress is not None:
+                self.on_progress(*value)
         elif self._death is None or self._mourner not in (None, rank):
             who = f"executor {self.name!r}" + (f" rank {rank}" if len(self._links) > 1 else "")
             self._mourner = rank if value.startswith(ExecutorDied.__name__) else None

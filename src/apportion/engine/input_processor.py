@@ -1,0 +1,93 @@
+"""What a caller asks for, as requests of one model: prompt to tokens, parameters checked against the vocabulary, seeds drawn."""
+
+from __future__ import annotations
+
+import random
+from collections.abc import Iterable, Sequence
+from dataclasses import replace
+
+from apportion.core.errors import InvalidParameter, InvalidRequest
+from apportion.core.model_spec import ModelSpec
+from apportion.core.request import Request
+from apportion.core.sampling_params import MAX_SEED, SamplingParams
+from apportion.processor.tokenizer import Tokenizer
+
+
+class InputProcessor:
+    """seed: of the generator that draws seeds for requests that name none, so that a run can be repeated."""
+
+    def __init__(self, model: str, spec: ModelSpec, max_model_len: int, tokenizer: Tokenizer | None, seed: int = 0) -> None:
+        self.model, self.spec, self.max_model_len, self.tokenizer = model, spec, max_model_len, tokenizer
+        self._eos_token_ids = frozenset(spec.eos_token_ids)
+        if not self._eos_token_ids and tokenizer is not None and tokenizer.eos_token_id is not None:
+            self._eos_token_ids = frozenset({tokenizer.eos_token_id})
+        self._seeds = random.Random(seed)
+
+    def make_requests(
+        self,
+        request_id: str,
+        prompt: str | Sequence[int],
+        params: SamplingParams,
+        *,
+        priority: int | None = None,
+        add_special_tokens: bool = True,
+    ) -> list[Request]:
+        """The n sequences of one prompt (text or token ids).
+
+        Errors: InvalidRequest for a prompt that is empty or outside the vocabulary, InvalidParameter for token ids outside it.
+        """
+        token_ids = self._truncate(self._token_ids(prompt, add_special_tokens), params.truncate_prompt_tokens)
+        if not token_ids:
+            raise InvalidRequest("the prompt is empty; give at least one token")
+        params = self._complete(params)
+        return [
+            Request(
+                request_id=request_id if params.n == 1 else f"{index}_{request_id}",
+                model=self.model,
+                prompt_token_ids=token_ids,
+                sampling_params=params if params.n == 1 else replace(params, n=1, seed=_nth_seed(params.seed, index)),
+                eos_token_ids=self._eos_token_ids,
+                priority=params.priority if priority is None else priority,
+            )
+            for index in range(params.n)
+        ]
+
+    def _token_ids(self, prompt: str | Sequence[int], add_special_tokens: bool) -> list[int]:
+        if isinstance(prompt, str):
+            if self.tokenizer is None:
+                raise InvalidRequest(f"model {self.model!r} has no tokenizer: give prompt_token_ids")
+            return self.tokenizer.encode(prompt, add_special_tokens)
+        for position, token in enumerate(prompt):
+            if not isinstance(token, int) or isinstance(token, bool):
+                raise InvalidRequest(f"prompt token {position} is {token!r}; token ids are integers")
+            if not 0 <= token < self.spec.vocab:
+                raise InvalidRequest(f"prompt token {position} is {token}, outside the vocabulary of {self.spec.vocab} tokens")
+        return list(prompt)
+
+    def _truncate(self, token_ids: list[int], limit: int | None) -> list[int]:
+        if limit is None:
+            return token_ids
+        return token_ids[-(self.max_model_len - 1 if limit == -1 else limit) :]
+
+    def _complete(self, params: SamplingParams) -> SamplingParams:
+        """A copy with bad_words as tokens and a seed; the caller's own is never written to."""
+        self._check_ids("stop_token_ids", params.stop_token_ids or ())
+        self._check_ids("allowed_token_ids", params.allowed_token_ids or ())
+        self._check_ids("logit_bias", params.logit_bias or ())
+        seed = params.seed
+        if seed is None and not params.is_greedy:
+            seed = self._seeds.randrange(2**63)
+        if not params.bad_words:
+            return replace(params, seed=seed)
+        if self.tokenizer is None:
+            raise InvalidParameter(f"bad_words need a tokenizer, and model {self.model!r} has none")
+        return replace(params, seed=seed, bad_words_token_ids=self.tokenizer.bad_words_token_ids(params.bad_words))
+
+    def _check_ids(self, name: str, ids: Iterable[int]) -> None:
+        for token in ids:
+            if token >= self.spec.vocab:
+                raise InvalidParameter(f"{name} names token {token}, outside the vocabulary of {self.spec.vocab} tokens")
+
+
+def _nth_seed(seed: int | None, index: int) -> int | None:
+    return None if seed is None else (seed + index + MAX_SEED) % (2 * MAX_SEED + 1) - MAX_SEED
