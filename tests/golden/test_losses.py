@@ -7,7 +7,6 @@ import tokenizers
 import torch
 
 
-@pytest.mark.parametrize("kernels", ["reference", "cpu"])
 @pytest.mark.parametrize("name", ["dense", "moe"])
 def test_loss_on_text(name, kernels, shared_data, make_driver):
     """Mean negative log-likelihood of 2,560 tokens of WikiText-2 in windows of 256: that of transformers on the same weights."""
