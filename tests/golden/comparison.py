@@ -10,6 +10,7 @@ import torch
 
 from apportion.core.sampling_params import SamplingParams
 from tests.combinations.harness import Setup, generate
+from tests.ranks import on_ranks
 
 TOLERANCE = 1e-4  # max |difference| / max |logit|
 NUM_PROMPTS, NUM_TOKENS, MAX_PROMPT = 20, 64, 40
@@ -63,6 +64,15 @@ def hold_to_transformers(family: Family, folder: Path, reference, driver) -> Non
     if not family.one_by_one:  # by induction the tokens are those of greedy decoding
         for prompt, tokens, rows in zip(prompts, generated, expected, strict=True):
             assert tokens == rows[len(prompt) - 1 : -1].argmax(dim=-1).tolist()
+
+
+def hold_ranks_to_transformers(family: Family, folder: Path, reference, make_driver) -> None:
+    """Two ranks, each with its shard of the weights: the same logits, bit for bit on both."""
+    prompts = prompts_of(family)[:4]
+    expected = torch.cat(reference_logits(reference, prompts))
+    first, second = on_ranks(2, lambda group: make_driver(folder, "reference", group=group).step(prompts, [0] * len(prompts)))
+    assert torch.equal(first, second)
+    assert (first - expected).abs().max() / expected.abs().max() < TOLERANCE
 
 
 def reference_logits(reference, sequences: list[list[int]]) -> list[torch.Tensor]:

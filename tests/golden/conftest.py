@@ -14,6 +14,7 @@ from apportion.kernels.dispatch import choose, select_ops
 from apportion.layers.attention import bind_paged_attention
 from apportion.models.checkpoint import read_spec
 from apportion.models.loader import load_model
+from apportion.parallel.groups import ParallelGroup
 from apportion.platforms.platform import select_platform
 
 BLOCK_SIZE = 32
@@ -22,13 +23,13 @@ BLOCK_SIZE = 32
 class Driver:
     """Requests with a fixed run of blocks each, stepped together. dtype is float32 throughout."""
 
-    def __init__(self, folder: Path, kernels: str, max_len: int = 256, max_requests: int = 20) -> None:
+    def __init__(self, folder: Path, kernels: str, max_len: int = 256, max_requests: int = 20, group: ParallelGroup | None = None) -> None:
         self.kernels = kernels
         spec = read_spec(folder)
         ops = select_ops(select_platform("cpu"), prefer=kernels)
-        self.loaded = load_model(ModelConfig(model=str(folder), dtype="float32"), spec, ops)
+        self.loaded = load_model(ModelConfig(model=str(folder), dtype="float32"), spec, ops, group)
         self.model = self.loaded.model
-        groups = spec.kv_groups("float32", BLOCK_SIZE)
+        groups = spec.kv_groups("float32", BLOCK_SIZE, group.size if group else 1)
         per_request = -(-max_len // BLOCK_SIZE)
         sizes = [max_requests * per_request * group.block_bytes for group in groups]
         self.arena = torch.zeros(sum(sizes), dtype=torch.uint8)

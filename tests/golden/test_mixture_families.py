@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import pytest
 
-from .comparison import HEADS, Family, checkpoint_of, hold_to_transformers, rope
+from .comparison import HEADS, Family, checkpoint_of, hold_ranks_to_transformers, hold_to_transformers, rope
 
 QWEN = HEADS | {"moe_intermediate_size": 20, "num_experts": 7, "num_experts_per_tok": 3}
 LATENT = {
@@ -42,3 +42,10 @@ def case(request, make_checkpoint):
 def test_equal_to_transformers(case, kernels, make_driver):
     family, folder, reference = case
     hold_to_transformers(family, folder, reference, make_driver(folder, kernels))
+
+
+def test_two_ranks_equal_transformers(case, make_driver):
+    family, folder, reference = case
+    if family.fields.get("num_attention_heads", 0) % 2:
+        pytest.skip(f"{family.fields['num_attention_heads']} heads cannot be cut in two")
+    hold_ranks_to_transformers(family, folder, reference, make_driver)

@@ -2,9 +2,6 @@
 
 from __future__ import annotations
 
-import threading
-from concurrent.futures import ThreadPoolExecutor
-
 import pytest
 import torch
 
@@ -14,40 +11,9 @@ from apportion.kernels.reference.ops import ReferenceOps
 from apportion.models.checkpoint import read_spec
 from apportion.models.loader import load_model, weight_layers
 from apportion.parallel.groups import ParallelGroup
+from tests.ranks import on_ranks
 
 TOKENS = [3, 100, 0, 50, 51, 52, 77]
-
-
-class ThreadCollectives:
-    """Collectives of ranks that are threads of one process."""
-
-    def __init__(self, size: int) -> None:
-        self.barrier = threading.Barrier(size, timeout=20)
-        self.parts: list = [None] * size
-
-    def of_rank(self, rank: int) -> ThreadRank:
-        return ThreadRank(self, rank)
-
-
-class ThreadRank:
-    def __init__(self, shared: ThreadCollectives, rank: int) -> None:
-        self.shared, self.rank = shared, rank
-
-    def all_gather(self, x: torch.Tensor) -> list[torch.Tensor]:
-        self.shared.parts[self.rank] = x.clone()
-        self.shared.barrier.wait()
-        gathered = list(self.shared.parts)
-        self.shared.barrier.wait()
-        return gathered
-
-    def all_reduce(self, x: torch.Tensor) -> torch.Tensor:
-        return x.copy_(torch.stack(self.all_gather(x)).sum(0))
-
-
-def on_ranks(size: int, work) -> list:
-    shared = ThreadCollectives(size)
-    with ThreadPoolExecutor(size) as pool:
-        return list(pool.map(lambda rank: work(ParallelGroup(rank, size, shared.of_rank(rank))), range(size)))
 
 
 @pytest.mark.parametrize("tied", [False, True])
