@@ -70,7 +70,10 @@ def read_spec(config: Mapping[str, Any]) -> ModelSpec:
     if (activation := fields.get("hidden_act", "silu")) not in ("silu", "swish"):
         raise Unsupported(f"unknown hidden_act {activation!r}; known: silu")
     fields = Fields({**DEFAULTS.get(known[0], {}), **config})
-    return ModelSpec(architecture=known[0], **_common(fields) | ARCHITECTURES[known[0]](fields))
+    spec = ModelSpec(architecture=known[0], **_common(fields) | ARCHITECTURES[known[0]](fields))
+    if spec.moe is not None and spec.moe.top_k > spec.moe.num_experts:
+        raise CheckpointError(f"config.json: a token cannot go to {spec.moe.top_k} of {spec.moe.num_experts} experts")
+    return spec
 
 
 def _common(fields: Fields) -> dict[str, Any]:
@@ -237,10 +240,10 @@ def _deepseek_mixture(fields: Fields) -> MoeSpec | None:
     method, scoring = fields.get("topk_method", "greedy"), fields.get("scoring_func", "softmax")
     if method not in ("greedy", "group_limited_greedy"):
         raise Unsupported(f"unknown topk_method {method!r}; known: greedy, group_limited_greedy")
-    if scoring != "softmax" or fields.flag("norm_topk_prob"):
-        raise Unsupported(
-            f"DeepSeek-V2 routing with scoring_func {scoring!r} and normalized weights is not known; known: softmax, as it is"
-        )
+    if scoring != "softmax":
+        raise Unsupported(f"unknown scoring_func {scoring!r} of DeepSeek-V2; known: softmax")
+    if fields.flag("norm_topk_prob"):
+        raise Unsupported("norm_topk_prob of DeepSeek-V2 is not known: its own code and transformers disagree about it")
     step = fields.count("moe_layer_freq", 1)
     layers = tuple(i for i in range(fields.get("first_k_dense_replace", 0), fields.count("num_hidden_layers")) if i % step == 0)
     if fields.get("n_routed_experts") is None or not layers:
