@@ -4,7 +4,7 @@ import time
 
 from apportion.core.config import LaneConfig, SchedulerConfig
 from apportion.core.kv_spec import KV_FORMATS, KVGroupSpec
-from apportion.core.request import Request, RequestStatus
+from apportion.core.request import Request
 from apportion.core.sampling_params import SamplingParams
 from apportion.core.schedule import KVOpKind, ModelRunnerOutput
 from apportion.engine.scheduler import Scheduler
@@ -70,22 +70,14 @@ def test_the_deltas_say_only_what_changed():
 
 def test_blocks_about_to_come_back_are_waited_for():
     s = scheduler(num_slabs=1)  # 8 blocks of 4 tokens
-    a, b, c = (add(s, name, 8, max_tokens=20) for name in "abc")
-    end(s, s.schedule(0, BOTH))
-    first = s.schedule(0, BOTH)  # each takes its third block: one is missing, and `c` waits with what it has
-    assert [r.request_id for r, *_ in first.rows] == ["a", "b"]
-    for step in (first, s.schedule(1, BOTH)):
-        assert step is None or end(s, step)
-    in_flight = s.schedule(0, BOTH)
-    s.finish(b, "abort")
+    a, b, c = add(s, "a", 8), add(s, "b", 12, first=100), add(s, "c", 12, first=200)
+    prefill = s.schedule(0, BOTH)
+    s.finish(c, "abort")
     assert s.kv.num_draining == 3
-    while c.status is RequestStatus.RUNNING and c.num_in_flight_steps == 0 and len(c.token_ids) < 11:
-        step = s.schedule(1, BOTH)
-        if step is None:
-            end(s, in_flight)
-        else:
-            end(s, step)
-    assert c.num_preemptions == a.num_preemptions == 0
+    assert s.schedule(0, BOTH) is None, "`a` and `b` need a block each, and three drain"
+    end(s, prefill)
+    assert [r.request_id for r, *_ in s.schedule(0, BOTH).rows] == ["a", "b"]
+    assert a.num_preemptions == b.num_preemptions == 0
 
 
 def test_the_last_in_order_is_preempted_for_an_earlier_one():
