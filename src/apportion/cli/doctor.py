@@ -1,0 +1,120 @@
+"""`apportion doctor`: what this machine offers, which kernels run on it and why, and what is missing with its fix."""
+
+from __future__ import annotations
+
+import argparse
+import json
+import platform
+import sys
+from dataclasses import asdict, dataclass
+from importlib import metadata
+from importlib.util import find_spec
+from typing import Any
+
+from apportion import __version__
+
+# optional package -> (what is missed without it, how to get it)
+OPTIONAL = {
+    "fastapi": ("the HTTP server", "pip install '.[serve]' in the checkout"),
+    "gguf": ("writing GGUF files to compare with llama.cpp", "pip install '.[bench]' in the checkout"),
+    "sentencepiece": ("models whose only tokenizer file is tokenizer.model", "pip install sentencepiece protobuf"),
+}
+LITTLE_MEMORY = 2 * 2**30
+
+
+@dataclass(frozen=True, slots=True)
+class Finding:
+    """Something to know: what is missing or slow, and the fix."""
+
+    what: str
+    fix: str
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("--json", action="store_true", help="the report as one JSON object")
+    parser.add_argument("--kernels", default="auto", help="explain this choice of kernels instead of auto")
+
+
+def run(args: argparse.Namespace) -> int:
+    report, findings = examine(args.kernels)
+    if args.json:
+        print(json.dumps({**report, "findings": [asdict(finding) for finding in findings]}, indent=2))
+        return 0
+    for title, facts in report.items():
+        print(title)
+        for name, value in facts.items():
+            print(f"  {name:18} {_text(value)}")
+    print("missing" if findings else "nothing is missing")
+    for finding in findings:
+        print(f"  {finding.what}\n    fix: {finding.fix}")
+    return 0
+
+
+def examine(kernels: str = "auto") -> tuple[dict[str, dict[str, Any]], list[Finding]]:
+    """The report by section, and what is missing. Errors: Unsupported for kernels that cannot be chosen."""
+    import torch
+
+    from apportion.engine.memory_plan import format_bytes
+    from apportion.kernels.cpu.extension import features
+    from apportion.kernels.dispatch import choose, implementations
+    from apportion.platforms.platform import select_platform
+
+    device = select_platform()
+    chosen, why = choose(device.name, kernels)
+    extension = features()
+    sets = {name: "yes" if state["available"] else f"no: {state['reason']}" for name, state in extension["sets"].items()}
+    report = {
+        "software": {"apportion": __version__, "python": platform.python_version(), "system": platform.platform(), **_versions()},
+        "machine": {
+            "processor": _processor(),
+            "cores": device.num_cores,
+            "memory": format_bytes(device.total_memory()),
+            "free memory": format_bytes(device.free_memory()),
+        },
+        "torch": {
+            "version": torch.__version__,
+            "threads": torch.get_num_threads(),
+            "cpu capability": torch.backends.cpu.get_cpu_capability(),
+        },
+        "kernels": {
+            "chosen": chosen.name,
+            "because": why,
+            "instruction sets": sets,
+            "known": [i.name for i in implementations()],
+            "batch invariant": chosen.capability.batch_invariant,
+        },
+    }
+    findings = [
+        Finding(f"{name} is not installed: no {missed}", fix) for name, (missed, fix) in OPTIONAL.items() if find_spec(name) is None
+    ]
+    if extension["absent"]:
+        findings.insert(
+            0,
+            Finding(
+                f"the reference kernels run, many times slower: {extension['absent']}", "install a C++20 compiler and CMake, then reinstall"
+            ),
+        )
+    if device.free_memory() < LITTLE_MEMORY:
+        findings.append(
+            Finding(f"only {format_bytes(device.free_memory())} of memory are free", "close something, or raise the container's limit")
+        )
+    return report, findings
+
+
+def _versions() -> dict[str, str]:
+    return {name: metadata.version(name) for name in ("numpy", "tokenizers", "safetensors") if find_spec(name)}
+
+
+def _processor() -> str:
+    if sys.platform == "linux":
+        with open("/proc/cpuinfo", encoding="utf-8") as lines:
+            for line in lines:
+                if line.startswith("model name"):
+                    return line.partition(":")[2].strip()
+    return platform.processor() or platform.machine()
+
+
+def _text(value: Any) -> str:
+    if isinstance(value, dict):
+        return ", ".join(f"{name} ({entry})" for name, entry in value.items()) or "none"
+    return ", ".join(map(str, value)) if isinstance(value, list) else str(value)
