@@ -13,7 +13,7 @@ FAMILIES = [
     Family("llama-head80-sharded-fp16", "LlamaConfig",
            {"hidden_size": 96, "num_attention_heads": 2, "num_key_value_heads": 1, "head_dim": 80}, "float16", "60KB"),
     Family("llama3-biases", "LlamaConfig", HEADS | {"attention_bias": True, "mlp_bias": True}
-           | rope("llama3", factor=8.0, low_freq_factor=1.0, high_freq_factor=4.0, original_max_position_embeddings=32)),
+           | rope("llama3", factor=8.0, low_freq_factor=1.0, high_freq_factor=4.0, original_max_position_embeddings=128)),
     Family("llama-linear", "LlamaConfig", HEADS | rope("linear", factor=4.0)),
     Family("llama-dynamic", "LlamaConfig", HEADS | {"max_position_embeddings": 48} | rope("dynamic", factor=4.0), one_by_one=True),
     Family("llama-yarn", "LlamaConfig", HEADS | rope("yarn", factor=8.0, original_max_position_embeddings=32)),
