@@ -19,6 +19,7 @@ ROPE_TYPES: dict[str, tuple[str, ...]] = {
     "yarn": ("factor",),
     "llama3": ("factor", "low_freq_factor", "high_freq_factor"),
 }
+_ROPE_NAMES = {"rope_type", "type", "rope_theta", "partial_rotary_factor", "original_max_position_embeddings", "finetuned"}
 _YARN_OPTIONS = ("attention_factor", "beta_fast", "beta_slow", "mscale", "mscale_all_dim", "truncate")
 
 
@@ -119,6 +120,8 @@ def read_rope(fields: Fields, head_dim: int, interleaved: bool = False) -> tuple
         raise Unsupported("rope_parameters per layer type are not known; known: one set for all layers")
     if kind not in ROPE_TYPES:
         raise Unsupported(f"unknown rope type {kind!r}; known: {', '.join(ROPE_TYPES)}")
+    if unknown := raw.keys() - _ROPE_NAMES - {*_YARN_OPTIONS}.union(*ROPE_TYPES.values()):
+        raise Unsupported(f"unknown rope parameter {min(unknown)!r} of type {kind!r}")
     max_position = fields.count("max_position_embeddings", 2048)
     original = fields.get("original_max_position_embeddings", rope.get("original_max_position_embeddings", max_position))
     if kind == "yarn" and rope.get("factor") is None:

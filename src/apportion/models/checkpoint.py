@@ -23,6 +23,7 @@ from apportion.core.model_spec import ModelSpec
 
 INDEX_NAME, SINGLE_NAME = "model.safetensors.index.json", "model.safetensors"
 DOWNLOADED = ["*.json", "*.safetensors", "*.model", "*.txt", "*.jinja"]
+NOT_DOWNLOADED = ["original/*", "consolidated*"]  # the same weights in their makers' own layouts
 FLOAT_DTYPES = {"F64": torch.float64, "F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16}
 
 
@@ -41,7 +42,7 @@ def resolve_folder(model: str, revision: str | None = None) -> Path:
     import huggingface_hub
 
     try:
-        return Path(huggingface_hub.snapshot_download(model, revision=revision, allow_patterns=DOWNLOADED))
+        return Path(huggingface_hub.snapshot_download(model, revision=revision, allow_patterns=DOWNLOADED, ignore_patterns=NOT_DOWNLOADED))
     except (OSError, ValueError) as error:
         reason = str(error).strip().splitlines()[0]
         raise CheckpointError(f"there is no folder {model!r}, and the hub does not give a model of that name: {reason}") from error

@@ -103,6 +103,7 @@ def test_heads_of_ranks():
         ({"architectures": ["GPT2LMHeadModel"]}, Unsupported, r"unknown architecture 'GPT2LMHeadModel'; known: .*LlamaForCausalLM"),
         ({"architectures": ...}, Unsupported, "names no architectures"),
         ({"rope_scaling": {"rope_type": "longrope", "factor": 2}}, Unsupported, "unknown rope type 'longrope'; known: default, linear"),
+        ({"rope_scaling": {"rope_type": "yarn", "factor": 2.0, "warmth": 1}}, Unsupported, "unknown rope parameter 'warmth'"),
         ({"rope_scaling": {"rope_type": "linear"}}, CheckpointError, "factor must be a number, got None"),
         ({"rope_scaling": {"full_attention": {"rope_type": "default"}}}, Unsupported, "per layer type"),
         ({"hidden_size": ...}, CheckpointError, "hidden_size must be a positive integer, got None"),
