@@ -3,11 +3,11 @@
 import pytest
 import torch
 
+from apportion.core.kv_spec import KV_FORMATS
 from apportion.kernels.dispatch import implementations
+from apportion.kernels.ops import WEIGHT_DTYPES
 from apportion.kernels.reference.ops import ReferenceOps
 from apportion.platforms.platform import ComputeShare, select_platform
-
-DTYPES = ("float32", "bfloat16", "float16")
 
 
 @pytest.fixture(params=implementations(), ids=lambda i: i.name)
@@ -42,14 +42,14 @@ def reference():
     return ReferenceOps()
 
 
-@pytest.fixture(params=DTYPES)
+@pytest.fixture(params=WEIGHT_DTYPES)
 def weight_dtype(request, capability):
     if request.param not in capability.weight_dtypes:
         pytest.skip(f"weights in {request.param} are not declared")
     return request.param
 
 
-@pytest.fixture(params=DTYPES)
+@pytest.fixture(params=tuple(KV_FORMATS))
 def kv_dtype(request, capability):
     if request.param not in capability.kv_dtypes:
         pytest.skip(f"KV in {request.param} is not declared")
