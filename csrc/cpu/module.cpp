@@ -45,7 +45,8 @@ NB_MODULE(_cpu, m) {
   nb::class_<ThreadTeam>(m, "ThreadTeam", "A team of persistent threads; the caller is thread 0.")
       .def(nb::init<int, std::vector<int>>(), "num_threads"_a, "cores"_a = std::vector<int>{})
       .def_prop_ro("num_threads", &ThreadTeam::num_threads)
-      .def_prop_ro("cores", &ThreadTeam::cores);
+      .def_prop_ro("cores", &ThreadTeam::cores)
+      .def_static("run_seconds", &ThreadTeam::run_seconds, "Seconds that callers have spent inside teams since the process began.");
   bind_attention(m);
   bind_linear(m);
   bind_bandwidth(m);

@@ -46,6 +46,13 @@ void futex_wake_all(std::atomic<uint64_t>& state) {
 #endif
 }
 
+std::atomic<int64_t> run_ns{0};
+
+struct RunTimer {
+  std::chrono::steady_clock::time_point start = std::chrono::steady_clock::now();
+  ~RunTimer() { run_ns.fetch_add((std::chrono::steady_clock::now() - start).count(), std::memory_order_relaxed); }
+};
+
 bool pin(int core) {
 #if defined(__linux__)
   cpu_set_t set;
@@ -91,6 +98,8 @@ ThreadTeam::~ThreadTeam() {
   for (std::thread& thread : workers_) thread.join();
 }
 
+double ThreadTeam::run_seconds() { return double(run_ns.load(std::memory_order_relaxed)) * 1e-9; }
+
 void ThreadTeam::take_items(int thread) {
   for (int turn = 0; turn < num_threads_; ++turn) {
     Share& share = shares_[(thread + turn) % num_threads_];
@@ -101,6 +110,7 @@ void ThreadTeam::take_items(int thread) {
 void ThreadTeam::run(int64_t num_items, Work work, void* context) {
   if (num_items <= 0) return;
   std::lock_guard<std::mutex> one_at_a_time(caller_);
+  RunTimer timer;
   if (num_items == 1 || num_threads_ == 1) {
     for (int64_t item = 0; item < num_items; ++item) work(context, item, 0);
     return;

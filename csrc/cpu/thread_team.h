@@ -41,6 +41,9 @@ class ThreadTeam {
         const_cast<void*>(static_cast<const void*>(&f)));
   }
 
+  // Seconds that callers have spent inside run(), over all teams of the process: what of a step is kernels (bench).
+  static double run_seconds();
+
   // Memory of the team, 64-byte aligned, kept between calls and grown as needed; its content is lost when it grows. `shared`
   // belongs to the caller of run (call it before run, not inside an item); `local` to one thread inside an item.
   std::byte* shared(size_t bytes) { return shared_.get(bytes); }

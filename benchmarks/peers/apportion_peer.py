@@ -1,0 +1,38 @@
+"""Ours, in the same process shape as the peers."""
+
+from __future__ import annotations
+
+import argparse
+
+from protocol import Timing, claim_stdout, serve
+
+import apportion
+from apportion.bench.latency import time_batch
+
+
+def main() -> None:
+    answers = claim_stdout()
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("model")
+    parser.add_argument("--threads", type=int, default=2)
+    parser.add_argument("--dtype", choices=("bfloat16", "float32", "float16"), default="bfloat16")
+    args = parser.parse_args()
+    llm = apportion.LLM(
+        args.model,
+        dtype=args.dtype,
+        num_threads=args.threads,
+        max_model_len=2048,
+        max_num_batched_tokens=2048,
+        enable_prefix_caching=False,
+        kv_cache_memory=1 << 30,
+    )
+
+    def generate(prompts: list[list[int]], output_len: int) -> Timing:
+        timing = time_batch(llm, prompts, output_len)
+        return Timing(timing.prefill_s, timing.decode_s, timing.token_ids)
+
+    serve(answers, {"engine": "apportion", "version": apportion.__version__, "dtype": args.dtype, "note": ""}, generate)
+
+
+if __name__ == "__main__":
+    main()
