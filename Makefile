@@ -23,7 +23,8 @@ size:
 	@$(PYTHON) scripts/size.py
 
 bench: $(VENV)/.installed
-	$(BIN)/python benchmarks/run.py
+	$(BIN)/python benchmarks/peers/install.py
+	$(BIN)/python benchmarks/run_all.py $(BENCH_ARGS)
 
 # The package is installed from the checkout, extension included, and again whenever a source has changed. Without build
 # isolation the build directory stays valid between runs, so that only what changed is compiled.

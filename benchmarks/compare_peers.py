@@ -203,9 +203,7 @@ def measure_case(processes: list[Process], case: Case, rounds: int) -> dict[str,
     return summarize(case, chosen, rates, first_tokens)
 
 
-def summarize(
-    case: Case, chosen: list[Process], rates: dict[str, list[float]], first_tokens: dict[str, list[int]]
-) -> dict[str, Any]:
+def summarize(case: Case, chosen: list[Process], rates: dict[str, list[float]], first_tokens: dict[str, list[int]]) -> dict[str, Any]:
     traffic = read_traffic(MODELS / case.model)
     context_len = case.prompt_len + case.output_len / 2
     medians = {engine: statistics.median(values) for engine, values in rates.items()}
@@ -270,7 +268,9 @@ def print_case(name: str, result: dict[str, Any]) -> None:
         print(f"{name:14} {engine:13} {figures['dtype']:9} {figures['tokens_per_s']:9.1f} tok/s {traffic}", flush=True)
     for b in result.get("bars", ()):
         if b["ratio"] is not None:
-            print(f"{name:14} x{b['ratio']:.2f} of {b['against']}, to reach x{b['to_reach']}: {'met' if b['met'] else 'missed'}", flush=True)
+            print(
+                f"{name:14} x{b['ratio']:.2f} of {b['against']}, to reach x{b['to_reach']}: {'met' if b['met'] else 'missed'}", flush=True
+            )
 
 
 def main() -> int:

@@ -68,10 +68,13 @@ def install_vllm(python: str) -> None:
     pip(python, "install", *(r for r in kept if "extra ==" not in r))
 
 
+OPENVINO_CHECK = "import openvino; from optimum.intel import OVModelForCausalLM; print(openvino.__version__)"
 PEERS = {
-    "llama_cpp": Peer(install_llama_cpp, "import llama_cpp, gguf; print(llama_cpp.llama_print_system_info().decode())", mandatory=True),
+    "llama_cpp": Peer(install_llama_cpp, "import gguf, llama_cpp as lib; print(lib.llama_print_system_info().decode())", mandatory=True),
     "transformers": Peer(install_transformers, "import torch, transformers; print(transformers.__version__)", mandatory=True),
-    "openvino": Peer(install_openvino, "import openvino; from optimum.intel import OVModelForCausalLM; print(openvino.__version__)", mandatory=False),
+    "openvino": Peer(
+        install_openvino, "import openvino; from optimum.intel import OVModelForCausalLM; print(openvino.__version__)", mandatory=False
+    ),
     "vllm": Peer(install_vllm, "import vllm; print(vllm.__version__)", mandatory=False),
 }
 

@@ -24,9 +24,7 @@ def measure_throughput(
         return max(1, numbers.randint(round(length * (1 - range_ratio)), round(length * (1 + range_ratio))))
 
     prompts = [random_prompts(1, draw(input_len), vocab, numbers.randrange(2**31))[0] for _ in range(num_prompts)]
-    params = [
-        SamplingParams(temperature=0.0, max_tokens=draw(output_len), ignore_eos=True, detokenize=False) for _ in range(num_prompts)
-    ]
+    params = [SamplingParams(temperature=0.0, max_tokens=draw(output_len), ignore_eos=True, detokenize=False) for _ in range(num_prompts)]
     start = time.monotonic()
     outputs = llm.generate([{"prompt_token_ids": prompt} for prompt in prompts], params)
     elapsed_s = time.monotonic() - start
