@@ -138,19 +138,17 @@ class Sampler:
         num_logprobs: dict[int, int],
     ) -> SamplerOutput:
         """logits float32 [S, V], changed in place. rules, grammar_masks, num_logprobs (-1: all): by row, for the rows that have any."""
-        errors: dict[int, str] = {}
-        self._check(logits_SV, range(len(logits_SV)), rows, NOT_FINITE, errors)
         wanted = sorted(num_logprobs)
-        changed = rules.keys() | grammar_masks.keys()
         raw_WV = logits_SV[wanted] if wanted else logits_SV  # indexing copies: rules must not show in raw log-probabilities
-        for row in sorted(changed - errors.keys()):
-            if row in rules:
-                rules[row].apply(logits_SV[row])
-            if row in grammar_masks:
-                apply_grammar_mask(logits_SV[row], grammar_masks[row])
-        if changed:
-            self._check_allowed(logits_SV, sorted(changed - errors.keys()), rows, errors)
-        output = SamplerOutput(self._ops.sample(logits_SV, rows).numpy(), errors=errors)
+        for row, rule in rules.items():
+            rule.apply(logits_SV[row])
+        for row, mask in grammar_masks.items():
+            apply_grammar_mask(logits_SV[row], mask)
+        output = SamplerOutput(self._ops.sample(logits_SV, rows).numpy())
+        for row in np.flatnonzero(output.token_ids < 0).tolist():
+            sentence = NOTHING_ALLOWED if float(logits_SV[row].max()) == -torch.inf else NOT_FINITE
+            output.errors[row] = sentence.format(position=int(rows.position[row]))
+            output.token_ids[row] = 0  # a step in flight may read it
         if wanted:
             tokens = torch.from_numpy(output.token_ids[wanted])
             output.logprobs = dict(zip(wanted, self.logprobs(raw_WV, tokens, [num_logprobs[row] for row in wanted]), strict=True))
@@ -169,19 +167,3 @@ class Sampler:
             for row, token, chosen, rank, ids, tops in zip(rows, chosen_ids, *(c.tolist() for c in columns), strict=True):
                 found[row] = TokenLogprobs([token, *ids], [chosen, *tops], [rank, *range(1, n + 1)])
         return [entry for entry in found if entry is not None]
-
-    @staticmethod
-    def _check(logits_SV: Tensor, indices: Sequence[int], rows: SamplingRows, sentence: str, errors: dict[int, str]) -> None:
-        """A sum over a row is finite exactly when all of it is; a failed row is zeroed so that sampling stays defined."""
-        finite = torch.isfinite(logits_SV.sum(dim=1))
-        if not bool(finite.all()):
-            for row in (~finite).nonzero().flatten().tolist():
-                errors[row] = sentence.format(position=int(rows.position[row]))
-                logits_SV[row] = 0.0
-
-    @staticmethod
-    def _check_allowed(logits_SV: Tensor, indices: Sequence[int], rows: SamplingRows, errors: dict[int, str]) -> None:
-        for row in indices:
-            if float(logits_SV[row].max()) == -torch.inf:
-                errors[row] = NOTHING_ALLOWED.format(position=int(rows.position[row]))
-                logits_SV[row] = 0.0
