@@ -11,7 +11,13 @@ from dataclasses import dataclass, field
 from apportion.core.errors import InvalidParameter
 
 DTYPES = {"float32": 4, "bfloat16": 2, "float16": 2}
+PHASES = frozenset({"prefill", "decode"})
 _DTYPE_NAMES = {"auto": "auto", "float": "float32", "half": "float16"} | {name: name for name in DTYPES}
+
+
+def _positive(name: str, value: int | None) -> None:
+    if value is not None and (not isinstance(value, int) or isinstance(value, bool) or value < 1):
+        raise InvalidParameter(f"{name} must be a positive integer, got {value!r}")
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -78,11 +84,17 @@ class LaneConfig:
     """
 
     name: str = "main"
-    phases: frozenset[str] = frozenset({"prefill", "decode"})
+    phases: frozenset[str] = PHASES
     models: tuple[str, ...] = ()
     executor: str = "uniproc"
     num_threads: int | None = None
     depth: int = 1
+
+    def __post_init__(self) -> None:
+        _positive("depth", self.depth)
+        _positive("num_threads", self.num_threads)
+        if not self.phases or self.phases - PHASES:
+            raise InvalidParameter(f"lane {self.name!r}: phases must be some of {', '.join(sorted(PHASES))}, got {sorted(self.phases)}")
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -118,12 +130,9 @@ class EngineConfig:
             raise InvalidParameter("two models have the same name; give each its own")
         if not self.lanes:
             raise InvalidParameter("an engine needs at least one lane")
+        if len({lane.name for lane in self.lanes}) != len(self.lanes):
+            raise InvalidParameter("two lanes have the same name; give each its own")
 
     @property
     def resolved_num_threads(self) -> int:
         return self.num_threads or len(os.sched_getaffinity(0))
-
-
-def _positive(name: str, value: int | None) -> None:
-    if value is not None and (not isinstance(value, int) or isinstance(value, bool) or value < 1):
-        raise InvalidParameter(f"{name} must be a positive integer, got {value!r}")

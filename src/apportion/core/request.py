@@ -70,6 +70,7 @@ class Request:
     num_in_flight_steps: int = 0
     last_step_id: int = -1
     num_replays: int = 0
+    num_prompt_logprobs: int = 0  # told so far: a recomputed prompt yields them again
 
     def __post_init__(self) -> None:
         self.token_ids = list(self.prompt_token_ids)

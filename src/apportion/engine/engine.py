@@ -11,7 +11,7 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Protocol
 
-from apportion.core.config import CacheConfig, LaneConfig, ModelConfig, SchedulerConfig
+from apportion.core.config import PHASES, CacheConfig, LaneConfig, ModelConfig, SchedulerConfig
 from apportion.core.errors import ApportionError, ExecutorDied, InternalError, InvalidParameter, InvalidRequest, OutOfMemory
 from apportion.core.kv_spec import KVGroupSpec
 from apportion.core.metrics import EngineMetrics
@@ -27,7 +27,6 @@ from apportion.kvcache.arena import Arena
 from apportion.kvcache.kv_cache_manager import KVCacheManager
 
 POLL_SLICE_S = 0.0002  # how long one lane is waited for while another may end first
-PHASES = frozenset({"prefill", "decode"})
 
 
 class OutputProcessor(Protocol):

@@ -9,7 +9,8 @@ from apportion.core.config import LaneConfig
 from apportion.core.errors import ExecutorDied, InternalError
 from apportion.core.schedule import ModelRunnerOutput
 from apportion.engine.executor.executor import Executor
-from apportion.engine.scheduler import Scheduler, Step
+from apportion.engine.scheduler import Scheduler
+from apportion.engine.step import Step
 
 ExecutorFactory = Callable[[LaneConfig], Executor]
 Ended = tuple[Scheduler, Step, ModelRunnerOutput]

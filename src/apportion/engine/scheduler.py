@@ -20,24 +20,10 @@ from apportion.core.metrics import EngineMetrics
 from apportion.core.request import NO_LANE, Request, RequestStatus, RequestUpdate
 from apportion.core.schedule import CachedRequest, ModelRunnerOutput, NewRequest, SchedulerOutput
 from apportion.engine.policies import POLICIES
+from apportion.engine.step import Step
 from apportion.kvcache.kv_cache_manager import NOTHING_NEW, Drains, KVCacheManager, Moves, NewBlocks
 
 MAX_REPLAYS = 2  # a request that was in flight in more lane deaths in a row than this is taken for their cause
-
-
-@dataclass(slots=True, eq=False)
-class Step:
-    """One step in flight. rows: (request, tokens, whether it samples, the request's epoch). drains: blocks kept back until it ends.
-
-    moved: requests whose blocks this step moves; those it does not compute stand in `rows` with no tokens, so that they wait for it.
-    """
-
-    step_id: int
-    lane: int
-    output: SchedulerOutput
-    rows: list[tuple[Request, int, bool, int]]
-    drains: Drains = field(default_factory=list)
-    moved: set[Request] = field(default_factory=set)
 
 
 @dataclass(slots=True, eq=False)
@@ -169,13 +155,17 @@ class Scheduler:
                 continue
             request_id = request.request_id
             error = output.errors.get(request_id) if output.errors else None
+            prompt_logprobs = []
             if epoch == request.epoch and error is None:
+                if output.prompt_logprobs:
+                    known = request.num_prompt_logprobs - request.num_computed_tokens
+                    prompt_logprobs = output.prompt_logprobs.get(request_id, [])[max(0, known) :]
+                    request.num_prompt_logprobs += len(prompt_logprobs)
                 request.num_computed_tokens += num_tokens
                 request.num_in_flight_tokens -= num_tokens
                 request.num_replays = 0
                 self.kv.publish(request)
             tokens = output.token_ids.get(request_id, [])
-            prompt_logprobs = output.prompt_logprobs.get(request_id, []) if output.prompt_logprobs else []
             if error is None and bool(tokens) != samples:
                 error = f"the executor returned {len(tokens)} tokens for request {request_id} where {int(samples)} was due"
             if error is not None:

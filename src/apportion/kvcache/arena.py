@@ -31,7 +31,6 @@ class Quota:
     def admits(self, num_bytes: int) -> bool:
         return self.limit_bytes is None or self.held_bytes + num_bytes <= self.limit_bytes
 
-
     @contextmanager
     def lifted(self) -> Iterator[None]:
         limit, self.limit_bytes = self.limit_bytes, None

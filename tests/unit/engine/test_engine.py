@@ -6,7 +6,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from apportion.core.config import LaneConfig, ModelConfig, SchedulerConfig
+from apportion.core.config import EngineConfig, LaneConfig, ModelConfig, SchedulerConfig
 from apportion.core.errors import ExecutorDied, InvalidParameter, InvalidRequest, OutOfMemory, Unsupported
 
 from .house import ONE_LANE, TWO_LANES, House, group, model_spec, prompts
@@ -380,6 +380,15 @@ def test_unchunked_prefill_takes_whole_prompts():
     steps = house.executors[0][1].steps
     firsts = [step.num_scheduled_tokens[new.request_id] + new.num_computed_tokens for step in steps for new in step.new_requests]
     assert firsts == [r.num_prompt_tokens for r in requests]
+
+
+def test_lanes_are_checked():
+    with pytest.raises(InvalidParameter, match="phases must be some of decode, prefill"):
+        LaneConfig(phases=frozenset({"encode"}))
+    with pytest.raises(InvalidParameter, match="depth must be a positive integer"):
+        LaneConfig(depth=0)
+    with pytest.raises(InvalidParameter, match="two lanes have the same name"):
+        EngineConfig(models=(ModelConfig(model="m"),), lanes=(LaneConfig(), LaneConfig()))
 
 
 def test_an_unknown_policy_is_named():

@@ -199,3 +199,22 @@ def test_a_step_of_256_decodes_is_cheap():
         end(s, step)
     assert step.output.total_tokens == 256
     assert min(times) < 0.002
+
+
+def test_a_recomputed_prompt_tells_its_logprobs_once():
+    s = scheduler(num_slabs=1, max_num_batched_tokens=8)
+    first = add(s, "first", 12, max_tokens=20)
+    request = Request("r", "m", list(range(100, 116)), SamplingParams(max_tokens=4, prompt_logprobs=1))
+    s.add(request)
+    told = []
+    while not request.is_finished:
+        step = s.schedule(0, BOTH)
+        starts = {r.request_id: r.num_computed_tokens for r in [*step.output.new_requests, *step.output.cached_requests]}
+        output = ModelRunnerOutput(step.step_id, "m", {r.request_id: [7] for r, _, samples, _ in step.rows if samples})
+        if "r" in starts:
+            start, count = starts["r"], step.output.num_scheduled_tokens["r"]
+            output.prompt_logprobs["r"] = list(range(start + 1, min(start + count, 15) + 1))  # positions stand for entries
+        for update in s.update(step, output):
+            told += update.prompt_logprobs
+    assert first.is_finished and request.num_preemptions == 1
+    assert told == list(range(1, 16))
