@@ -13,6 +13,7 @@ from apportion.core.model_spec import ModelSpec
 from apportion.engine.engine import Engine, OutputProcessor
 from apportion.engine.executor.factory import ExecutorFactory
 from apportion.engine.memory_plan import MemoryPlan, kv_groups, plan_memory
+from apportion.kernels.dispatch import choose
 from apportion.kvcache.arena import Arena, choose_slab_bytes
 from apportion.models.checkpoint import read_spec, resolve_folder
 from apportion.platforms.platform import select_platform
@@ -34,12 +35,14 @@ class Blueprint:
 def plan_engine(config: EngineConfig) -> Blueprint:
     """Read what the models are and plan memory; loads nothing.
 
-    Errors: CheckpointError, Unsupported (unknown architecture), OutOfMemory (saying what would fit), InvalidParameter.
+    Errors: CheckpointError, Unsupported (architecture, device, kernels), OutOfMemory (saying what would fit), InvalidParameter.
     """
     if not config.models:
         raise InvalidParameter("an engine needs at least one model")
     found = [_read(model) for model in config.models]
-    memory = plan_memory(found, config, select_platform(config.device).free_memory())
+    platform = select_platform(config.device)
+    choose(platform.name, config.kernels)  # refuse unknown kernels here, before a worker dies of them
+    memory = plan_memory(found, config, platform.free_memory())
     models = []
     for (model, spec), need in zip(found, memory.models, strict=True):
         if model.max_model_len is None and need.max_model_len < spec.max_position:
