@@ -15,13 +15,17 @@ from apportion.core.model_spec import RopeSpec, yarn_mscale
 
 def cos_sin_table(rope: RopeSpec, num_positions: int) -> Tensor:
     """float32 [num_positions, rotary_dim]: cosines in the first half of the columns, sines in the second."""
-    positions = torch.arange(num_positions, dtype=torch.float32)
+    angles = torch.arange(num_positions, dtype=torch.float32)[:, None]
     if rope.scaling == "dynamic":
-        inv_freq, factor = dynamic_frequencies(rope, num_positions), 1.0
+        angles, factor = angles * dynamic_frequencies(rope, num_positions), 1.0
     else:
         inv_freq, factor = inverse_frequencies(rope)
-    angles = positions[:, None] * inv_freq
-    return torch.cat([angles.cos() * factor, angles.sin() * factor], dim=-1)
+        angles = angles * inv_freq
+    table = torch.empty(num_positions, rope.rotary_dim)
+    half = rope.rotary_dim // 2
+    torch.cos(angles, out=table[:, :half])
+    torch.sin(angles, out=table[:, half:])
+    return table.mul_(factor) if factor != 1.0 else table
 
 
 def inverse_frequencies(rope: RopeSpec) -> tuple[Tensor, float]:

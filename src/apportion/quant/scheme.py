@@ -23,6 +23,11 @@ class LinearRecords:
     default: LinearRecord
     by_name: Mapping[str, LinearRecord] = field(default_factory=dict)
 
+    @classmethod
+    def unquantized(cls, dtype: str) -> LinearRecords:
+        """Every matrix in `dtype`, a float type."""
+        return cls(LinearRecord(dtype))
+
     def of(self, *names: str) -> LinearRecord:
         """The record of projections that are merged into one product. Errors: Unsupported when theirs differ."""
         first, *others = (self.by_name.get(name, self.default) for name in names)
