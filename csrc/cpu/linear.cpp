@@ -43,8 +43,7 @@ void multiply_tiles(ThreadTeam& team, const PackedMatrix& w, const float* x, int
     for (int64_t k = 0; k < C; k += k_chunk) {
       const int64_t k_count = smaller(k_chunk, C - k);
       share(team, num_panels, n * w.N * k_count, [&](int64_t p, int thread) {
-        const std::byte* next = w.panel(p + 1 < num_panels ? p + 1 : p) + k * PANEL * 2;
-        multiply_panel_tiles(w, p, next, k, k_count, tiles, n, y + row * y_stride + p * PANEL, y_stride, panel_scratch(team, thread));
+        multiply_panel_tiles(w, p, k, k_count, tiles, n, y + row * y_stride + p * PANEL, y_stride, panel_scratch(team, thread));
       });
     }
   }

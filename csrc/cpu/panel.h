@@ -126,7 +126,7 @@ static inline void unpack(const std::byte* weights, int64_t n, float* out) {
   }
 }
 
-constexpr int64_t PREFETCH_BYTES = 4096;
+constexpr int64_t PREFETCH_BYTES = 2048;
 
 // Panel p of w times all rows. `scratch`: K_BLOCK * 32 floats of this thread.
 template <class Format>

@@ -19,7 +19,7 @@ APPORTION_INLINE float* panel_scratch(ThreadTeam& team, int thread) {
 // y[count, columns of panel p] = bias + rows w_p^T.
 static inline void multiply_panel(const PackedMatrix& w, int64_t p, const Rows& rows, float* y, int64_t y_stride, float* scratch) {
 #if defined(__AMX_BF16__)
-  if (uses_tiles(w.dtype)) return multiply_panel_tiles(w, p, w.panel(p), 0, padded(w.C), rows.tiles, rows.count, y, y_stride, scratch);
+  if (uses_tiles(w.dtype)) return multiply_panel_tiles(w, p, 0, padded(w.C), rows.tiles, rows.count, y, y_stride, scratch);
 #endif
   const auto multiply = w.dtype == DType::FP32   ? multiply_panel_vectors<Fp32>
                         : w.dtype == DType::BF16 ? multiply_panel_vectors<Bf16>

@@ -50,29 +50,29 @@ static inline void configure_tiles(int upper, int lower) {
 }
 
 struct TileSlice {
-  const uint16_t* upper;     // tiles of the upper 16 rows
-  const uint16_t* lower;     // of the lower rows; unused with one row block
+  const uint16_t* upper;               // tiles of the upper 16 rows
+  const uint16_t* lower;               // of the lower rows; unused with one row block
   int64_t upper_stride, lower_stride;  // elements from one tile to the next
   const std::byte* weights;
-  int64_t steps;             // of 32 channels
+  int64_t steps;                       // of 32 channels
   float* y;
   int64_t y_stride;
-  const float* start;        // bias [32] or null
-  bool resume;
-  const std::byte* ahead;    // what to prefetch meanwhile
-  int64_t ahead_bytes;       // per step
+  const float* start;                  // bias [32] or null
+  bool resume;                         // y holds the sums so far
 };
 
+constexpr int64_t TILE_STEP_BYTES = TILE_K * PANEL * int64_t(sizeof(uint16_t));
+
 template <bool TWO>
-static inline void multiply_tiles(const TileSlice& s) {
+APPORTION_INLINE void load_sums(const TileSlice& s) {
   const size_t stride = size_t(s.y_stride) * sizeof(float);
-  float* lower_y = s.y + TILE_ROWS * s.y_stride;
+  const float* lower = s.y + TILE_ROWS * s.y_stride;
   if (s.resume) {
     _tile_loadd(0, s.y, stride);
     _tile_loadd(1, s.y + 16, stride);
     if constexpr (TWO) {
-      _tile_loadd(2, lower_y, stride);
-      _tile_loadd(3, lower_y + 16, stride);
+      _tile_loadd(2, lower, stride);
+      _tile_loadd(3, lower + 16, stride);
     }
   } else if (s.start != nullptr) {  // a stride of zero repeats the bias in every row
     _tile_loadd(0, s.start, 0);
@@ -89,79 +89,97 @@ static inline void multiply_tiles(const TileSlice& s) {
       _tile_zero(3);
     }
   }
-  const std::byte* weights = s.weights;
-  const std::byte* ahead = s.ahead;
-  const uint16_t *upper = s.upper, *lower = s.lower;
-  for (int64_t step = 0; step < s.steps; ++step) {
-    _tile_loadd(4, upper, 64);
-    _tile_loadd(6, weights, 128);
-    _tile_dpbf16ps(0, 4, 6);
-    _tile_loadd(7, weights + 64, 128);
-    _tile_dpbf16ps(1, 4, 7);
-    if constexpr (TWO) {
-      _tile_loadd(5, lower, 64);
-      _tile_dpbf16ps(2, 5, 6);
-      _tile_dpbf16ps(3, 5, 7);
-      lower += s.lower_stride;
-    }
-    for (int64_t i = 0; i < s.ahead_bytes; i += 64) prefetch(ahead + i);
-    ahead += s.ahead_bytes;
-    upper += s.upper_stride;
-    weights += TILE_K * PANEL * sizeof(uint16_t);
-  }
+}
+
+template <bool TWO>
+APPORTION_INLINE void store_sums(const TileSlice& s) {
+  const size_t stride = size_t(s.y_stride) * sizeof(float);
+  float* lower = s.y + TILE_ROWS * s.y_stride;
   _tile_stored(0, s.y, stride);
   _tile_stored(1, s.y + 16, stride);
   if constexpr (TWO) {
-    _tile_stored(2, lower_y, stride);
-    _tile_stored(3, lower_y + 16, stride);
+    _tile_stored(2, lower, stride);
+    _tile_stored(3, lower + 16, stride);
   }
 }
 
-constexpr int64_t TILE_STEP_BYTES = TILE_K * PANEL * int64_t(sizeof(uint16_t));
+template <bool TWO>
+APPORTION_INLINE void tile_step(const TileSlice& s, int64_t step, const std::byte* weights) {
+  _tile_loadd(4, s.upper + step * s.upper_stride, 64);
+  _tile_loadd(6, weights, 128);
+  _tile_dpbf16ps(0, 4, 6);
+  _tile_loadd(7, weights + 64, 128);
+  _tile_dpbf16ps(1, 4, 7);
+  if constexpr (TWO) {
+    _tile_loadd(5, s.lower + step * s.lower_stride, 64);
+    _tile_dpbf16ps(2, 5, 6);
+    _tile_dpbf16ps(3, 5, 7);
+  }
+}
 
-// Channels k .. k + n (n a multiple of 32) of panel p times all rows. `next`: the panel slice this thread will read next (many
-// rows: fetched during this one). `scratch`: 32 * 32 floats of this thread, for a panel with missing columns.
-static void multiply_panel_tiles(const PackedMatrix& w, int64_t p, const std::byte* next, int64_t k, int64_t n, const uint16_t* tiles,
-                                 int64_t rows, float* y, int64_t y_stride, float* scratch) {
-  const int64_t C = w.C;
-  const int columns = w.columns(p);
+// Few rows: weights come from memory, once. A tile load whose lines miss L1 stalls on each, so vector loads carry the next step into
+// `buffer` (2 steps) while the tiles of this one are multiplied, and prefetches keep L2 ahead of them: 95 % of read bandwidth against 78 %.
+template <bool TWO>
+static inline void stream_tiles(const TileSlice& s, std::byte* buffer) {
+  constexpr int64_t AHEAD = 12288;
+  const auto fetch = [&](int64_t step) __attribute__((always_inline)) {
+    const std::byte* from = s.weights + step * TILE_STEP_BYTES;
+    std::byte* to = buffer + (step & 1) * TILE_STEP_BYTES;
+    for (int64_t i = 0; i < TILE_STEP_BYTES; i += 64) {
+      __builtin_prefetch(from + AHEAD + i, 0, 2);
+      _mm512_store_si512(to + i, _mm512_loadu_si512(from + i));
+    }
+    asm volatile("" ::: "memory");
+  };
+  load_sums<TWO>(s);
+  fetch(0);
+  for (int64_t step = 0; step < s.steps; ++step) {
+    if (step + 1 < s.steps) fetch(step + 1);
+    tile_step<TWO>(s, step, buffer + (step & 1) * TILE_STEP_BYTES);
+  }
+  store_sums<TWO>(s);
+}
+
+template <bool TWO>
+static inline void multiply_tiles(const TileSlice& s) {
+  load_sums<TWO>(s);
+  for (int64_t step = 0; step < s.steps; ++step) tile_step<TWO>(s, step, s.weights + step * TILE_STEP_BYTES);
+  store_sums<TWO>(s);
+}
+
+// Channels k .. k + n (n a multiple of 32) of panel p times all rows. `scratch`: 2048 floats of this thread, for a panel with missing
+// columns and for the stream.
+static void multiply_panel_tiles(const PackedMatrix& w, int64_t p, int64_t k, int64_t n, const uint16_t* tiles, int64_t rows, float* y,
+                                 int64_t y_stride, float* scratch) {
   asm volatile("" ::: "memory");  // tile loads are opaque to the compiler: what they read must have been written
-  const int64_t steps = n / TILE_K, pairs = ceil_div(rows, 2 * TILE_ROWS);
+  std::byte* buffer = reinterpret_cast<std::byte*>(scratch + PANEL * PANEL);
+  const int columns = w.columns(p);
   int configured = 0;
-  for (int64_t pair = 0; pair < pairs; ++pair) {
-    const int64_t row = pair * 2 * TILE_ROWS, left = smaller(rows - row, 2 * TILE_ROWS);
+  for (int64_t row = 0; row < rows; row += 2 * TILE_ROWS) {
+    const int64_t left = smaller(rows - row, 2 * TILE_ROWS), block = row / TILE_ROWS;
     const int upper = int(smaller(left, TILE_ROWS)), lower = int(left - upper);
     if (configured != left) configure_tiles(upper, lower > 0 ? lower : upper);
     configured = int(left);
-    float* target = columns == PANEL ? y + row * y_stride : scratch;
-    const int64_t target_stride = columns == PANEL ? y_stride : PANEL;
-    if (k > 0 && target == scratch)
-      for (int64_t r = 0; r < left; ++r) std::memcpy(scratch + r * PANEL, y + (row + r) * y_stride, size_t(columns) * sizeof(float));
+    const bool whole = columns == PANEL;
     TileSlice slice = {
-        .upper = tile_block(tiles, C, 2 * pair) + k * upper,
-        .lower = tile_block(tiles, C, 2 * pair + 1) + k * lower,
+        .upper = tile_block(tiles, w.C, block) + k * upper,
+        .lower = tile_block(tiles, w.C, block + 1) + k * lower,
         .upper_stride = upper * TILE_K,
         .lower_stride = lower * TILE_K,
         .weights = w.panel(p) + k * PANEL * 2,
-        .steps = steps,
-        .y = target,
-        .y_stride = target_stride,
+        .steps = n / TILE_K,
+        .y = whole ? y + row * y_stride : scratch,
+        .y_stride = whole ? y_stride : PANEL,
         .start = w.panel_bias(p),
         .resume = k > 0,
-        .ahead = nullptr,
-        .ahead_bytes = 0,
     };
-    if (pairs == 1) {
-      slice.ahead = slice.weights + PREFETCH_BYTES;
-      slice.ahead_bytes = TILE_STEP_BYTES;
-    } else {
-      const int64_t share = ceil_div(TILE_STEP_BYTES, pairs * 64) * 64;
-      slice.ahead = next + pair * share * steps;
-      slice.ahead_bytes = pair * share < TILE_STEP_BYTES ? share : 0;
-    }
-    lower > 0 ? multiply_tiles<true>(slice) : multiply_tiles<false>(slice);
+    if (!whole && k > 0)
+      for (int64_t r = 0; r < left; ++r) std::memcpy(scratch + r * PANEL, y + (row + r) * y_stride, size_t(columns) * sizeof(float));
     asm volatile("" ::: "memory");
-    if (target == scratch)
+    if (row == 0) lower > 0 ? stream_tiles<true>(slice, buffer) : stream_tiles<false>(slice, buffer);
+    else lower > 0 ? multiply_tiles<true>(slice) : multiply_tiles<false>(slice);
+    asm volatile("" ::: "memory");
+    if (!whole)
       for (int64_t r = 0; r < left; ++r) std::memcpy(y + (row + r) * y_stride, scratch + r * PANEL, size_t(columns) * sizeof(float));
   }
   _tile_release();

@@ -128,7 +128,7 @@ void ThreadTeam::run(int64_t num_items, Work work, void* context) {
   take_items(0);
   uint64_t inside = state_.fetch_and(~OPEN, std::memory_order_acq_rel) & (OPEN - 1);
   for (int spins = 0; inside != 0; inside = state_.load(std::memory_order_acquire) & (OPEN - 1)) {
-    if (++spins < 10000) relax();
+    if (++spins < 256) relax();
     else sched_yield();  // the worker is inside an item but has lost its core
   }
 }
