@@ -4,7 +4,8 @@ A request is a count of computed tokens chasing a count of known ones; prefill a
 knows requests, the KV manager's tables and which lane knows which request; it must not know executors, tensors or text.
 
 Progress: requests are served in the policy's order. When blocks run short the last in that order gives up its own, never an earlier
-one, so the first always goes on; and a request is admitted only where all its known tokens would fit.
+one, so the first always goes on; and a request is admitted only where all its known tokens would fit, beside a share of what the
+running ones may still generate. That share grows with every preemption and decays with every step.
 """
 
 from __future__ import annotations
@@ -23,6 +24,8 @@ from apportion.engine.policies import POLICIES
 from apportion.engine.step import Step
 from apportion.kvcache.kv_cache_manager import NOTHING_NEW, Drains, KVCacheManager, Moves, NewBlocks
 
+GROWTH_START, GROWTH_STEP, GROWTH_DECAY = 0.1, 0.1, 0.998  # at first, per preemption, per step
+RETRY_STEPS = 16  # how long a request that did not fit is not tried again, unless blocks come back
 MAX_REPLAYS = 2  # a request that was in flight in more lane deaths in a row than this is taken for their cause
 
 
@@ -65,7 +68,8 @@ class Scheduler:
         self._num_steps = 0
         self._num_arrivals = 0
         self._moves = Moves()  # for the next step to do
-        self._blocked: tuple[Request, int] | None = None  # who could not be admitted, at which count of releases
+        self._growth = GROWTH_START
+        self._blocked: tuple[Request, int, int] | None = None  # who could not be admitted, and when
 
     def add(self, request: Request) -> None:
         """Queue a request. Errors: InvalidRequest when it is empty, too long or could never fit in the KV memory."""
@@ -148,6 +152,7 @@ class Scheduler:
     def update(self, step: Step, output: ModelRunnerOutput) -> list[RequestUpdate]:
         """Take in what a step produced; returns what changed for whom. Requests that have finished meanwhile are passed over."""
         self._end(step)
+        self._growth *= GROWTH_DECAY
         now = self.clock()
         updates: list[RequestUpdate] = []
         for request, num_tokens, samples, epoch in step.rows:
@@ -259,7 +264,8 @@ class Scheduler:
         """Start waiting requests, in order, while they fit."""
         while self.waiting and len(self.running) < self.config.max_num_seqs and draft.budget and not draft.short_of_memory:
             request = self.waiting[0]
-            if request.num_in_flight_steps or self._blocked == (request, self.kv.arena.num_releases):
+            now = (request, self.kv.arena.num_releases, self._num_steps // RETRY_STEPS)
+            if request.num_in_flight_steps or self._blocked == now:
                 return
             row = self._try_admit(request, draft.budget)
             if row is None and not self.running and not self.kv.num_draining:
@@ -267,7 +273,7 @@ class Scheduler:
                 with self.kv.quota.lifted():
                     row = self._try_admit(request, draft.budget)
             if row is None:
-                self._blocked = (request, self.kv.arena.num_releases)
+                self._blocked = now
                 return
             self.waiting.pop(0)
             insort(self.running, request, key=self._order_key)
@@ -282,8 +288,9 @@ class Scheduler:
     def _try_admit(self, request: Request, budget: int) -> tuple[int, int, NewBlocks] | None:
         start = self.kv.get_computed(request)
         known = len(request.token_ids)
+        growth = int(self._growth * sum(r.max_total_tokens - len(r.token_ids) for r in self.running))
         num_tokens = self._chunk(known - start, budget)
-        if num_tokens and self.kv.could_hold(request, known):
+        if num_tokens and self.kv.could_hold(request, known + growth):
             new = self.kv.allocate(request, start, num_tokens, None)
             if new is not None:
                 return start, num_tokens, new
@@ -327,15 +334,9 @@ class Scheduler:
         return step
 
     def _describe(self, request: Request, start: int) -> NewRequest:
-        return NewRequest(
-            request.request_id,
-            list(request.token_ids),
-            request.num_prompt_tokens,
-            start,
-            request.sampling_params,
-            self.kv.tables(request),
-            request.adapter_id,
-        )
+        tokens, tables = list(request.token_ids), self.kv.tables(request)
+        num_prompt, params = request.num_prompt_tokens, request.sampling_params
+        return NewRequest(request.request_id, tokens, num_prompt, start, params, tables, request.adapter_id)
 
     def _append(self, request: Request, tokens: list[int], now: float) -> list[int]:
         """Add sampled tokens up to the one that ends the request, if any; returns those added."""
@@ -366,6 +367,7 @@ class Scheduler:
     def _preempt(self, request: Request) -> None:
         self.running.remove(request)
         self._give_up(request)
+        self._growth = min(1.0, self._growth + GROWTH_STEP)
         request.num_preemptions += 1
         self.metrics.num_preemptions += 1
         self._wait(request, RequestStatus.PREEMPTED)

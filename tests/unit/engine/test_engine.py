@@ -34,7 +34,7 @@ def houses(draw, models=1, deaths=False):
     if deaths:
         lives = st.lists(st.sets(st.integers(0, 12), max_size=1), max_size=2 // len(lanes))  # a third death of one request ends it
         die_at = {lane.name: draw(lives) for lane in lanes}
-    return House(
+    house = House(
         {f"m{i or ''}": GROUPS[draw(st.sampled_from(sorted(GROUPS)))] for i in range(models)},
         num_slabs=draw(st.integers(10, 24)),
         lanes=lanes,
@@ -46,6 +46,9 @@ def houses(draw, models=1, deaths=False):
         policy=draw(st.sampled_from(["fcfs", "priority"])),
         long_prefill_token_threshold=draw(st.sampled_from([0, 5])),
     )
+    for model in house.engine.models.values():
+        model.scheduler._growth = draw(st.sampled_from([0.0, 0.1]))  # 0: admitted in haste, preempted often
+    return house
 
 
 def fill(house, count, seed, arrivals=True):

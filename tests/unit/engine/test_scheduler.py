@@ -70,6 +70,7 @@ def test_the_deltas_say_only_what_changed():
 
 def test_blocks_about_to_come_back_are_waited_for():
     s = scheduler(num_slabs=1)  # 8 blocks of 4 tokens
+    s._growth = 0.0
     a, b, c = add(s, "a", 8), add(s, "b", 12, first=100), add(s, "c", 12, first=200)
     prefill = s.schedule(0, BOTH)
     s.finish(c, "abort")
@@ -82,6 +83,7 @@ def test_blocks_about_to_come_back_are_waited_for():
 
 def test_the_last_in_order_is_preempted_for_an_earlier_one():
     s = scheduler(num_slabs=1)
+    s._growth = 0.0
     a, b = add(s, "a", 12, max_tokens=12), add(s, "b", 12, max_tokens=12)
     while not a.is_finished:
         end(s, s.schedule(0, BOTH))
@@ -89,6 +91,20 @@ def test_the_last_in_order_is_preempted_for_an_earlier_one():
     while not b.is_finished:
         end(s, s.schedule(0, BOTH))
     assert b.num_output_tokens == 12
+
+
+def test_preemptions_are_rare_in_short_memory():
+    s = scheduler(num_slabs=32)  # 1024 tokens
+    for index in range(60):
+        add(s, str(index), 20 + index % 30, max_tokens=20 + 7 * index % 100, first=60 * index)
+    num_tokens = 0
+    while s.has_unfinished:
+        step = s.schedule(0, BOTH)
+        num_tokens += step.output.total_tokens
+        end(s, step)
+    needed = sum(20 + index % 30 + 20 + 7 * index % 100 - 1 for index in range(60))
+    assert 0 < s.metrics.num_preemptions < 20
+    assert num_tokens < 1.1 * needed, "little is computed twice"
 
 
 def test_scattered_cached_blocks_do_not_keep_a_group_from_its_slab():
@@ -203,6 +219,7 @@ def test_a_step_of_256_decodes_is_cheap():
 
 def test_a_recomputed_prompt_tells_its_logprobs_once():
     s = scheduler(num_slabs=1, max_num_batched_tokens=8)
+    s._growth = 0.0
     first = add(s, "first", 12, max_tokens=20)
     request = Request("r", "m", list(range(100, 116)), SamplingParams(max_tokens=4, prompt_logprobs=1))
     s.add(request)
