@@ -25,6 +25,7 @@ class NewRequest:
 
     token_ids: every token known so far, prompt first. block_tables: per layer group, entries in units of 256 bytes from the
     arena's base; an entry of -1 lies wholly behind the group's window. num_computed_tokens: tokens whose KV is already stored.
+    eos_token_ids: what ends the request by itself, held back until min_tokens.
     """
 
     request_id: str
@@ -34,6 +35,7 @@ class NewRequest:
     sampling_params: SamplingParams
     block_tables: tuple[list[int], ...]
     adapter_id: int | None = None
+    eos_token_ids: tuple[int, ...] = ()
 
 
 @dataclass(slots=True)

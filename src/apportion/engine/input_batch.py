@@ -42,8 +42,8 @@ class StepInputs:
 
 
 class InputBatch:
-    def __init__(self, num_groups: int, vocab: int, eos_ids: Sequence[int]) -> None:
-        self._vocab, self._eos_ids = vocab, tuple(eos_ids)
+    def __init__(self, num_groups: int, vocab: int) -> None:
+        self._vocab = vocab
         self._row_of: dict[str, int] = {}
         self._free: list[int] = []
         self._arrays = {name: np.zeros(0, dtype) for name, dtype in (COUNTS | SAMPLING).items()}
@@ -98,7 +98,7 @@ class InputBatch:
             self.num_prompt_logprobs[new.request_id] = params.prompt_logprobs
         if has_rules(params):
             prompt, output = new.token_ids[: new.num_prompt_tokens], new.token_ids[new.num_prompt_tokens :]
-            self.rules[row] = LogitRules(params, prompt, output, self._eos_ids, self._vocab)
+            self.rules[row] = LogitRules(params, prompt, output, new.eos_token_ids, self._vocab)
         arrays["has_extras"][row] = row in self.rules or row in self.num_logprobs
 
     def _extend(self, row: int, known: CachedRequest) -> None:

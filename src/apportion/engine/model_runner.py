@@ -24,7 +24,7 @@ class ModelRunner:
     def __init__(self, model: CausalLM, backends: Sequence[AttentionBackend], ops: Ops) -> None:
         spec = model.site.spec
         self.model, self._backends, self._vocab = model, tuple(backends), spec.vocab
-        self.batch = InputBatch(len(self._backends), spec.vocab, spec.eos_token_ids)
+        self.batch = InputBatch(len(self._backends), spec.vocab)
         self.sampler = Sampler(ops)
 
     def execute(self, step: SchedulerOutput) -> ModelRunnerOutput:

@@ -336,7 +336,7 @@ class Scheduler:
     def _describe(self, request: Request, start: int) -> NewRequest:
         tokens, tables = list(request.token_ids), self.kv.tables(request)
         num_prompt, params = request.num_prompt_tokens, request.sampling_params
-        return NewRequest(request.request_id, tokens, num_prompt, start, params, tables, request.adapter_id)
+        return NewRequest(request.request_id, tokens, num_prompt, start, params, tables, request.adapter_id, tuple(request.eos_token_ids))
 
     def _append(self, request: Request, tokens: list[int], now: float) -> list[int]:
         """Add sampled tokens up to the one that ends the request, if any; returns those added."""

@@ -92,9 +92,16 @@ class Worker:
 
 
 def serve(config: WorkerConfig, kv_arena: Arena, receive: Callable[[], Any], reply: Callable[[str, Any], None]) -> None:
-    """Make a worker and answer messages until one is None. Whatever ends it otherwise is reported as 'died'."""
+    """Make a worker and answer messages until one is None.
+
+    'failed': the worker cannot be made, as the error says. 'died': whatever else ends it.
+    """
     try:
         worker = Worker(config, kv_arena, (lambda done, total: reply("progress", (done, total))) if config.rank == 0 else None)
+    except Exception as error:
+        reply(*("failed", error) if refusable(error) else ("died", report(error)))
+        return
+    try:
         while (message := receive()) is not None:
             if message[0] == "step":
                 output = worker.execute(message[1])

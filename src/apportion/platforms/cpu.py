@@ -38,12 +38,17 @@ class CpuPlatform:
         return Arena.create(nbytes, shared)
 
     def compute_shares(self, num_threads: Sequence[int]) -> tuple[ComputeShare, ...]:
-        """One thread to a physical core where there are enough of them; else siblings stay in one share as far as possible."""
+        """One thread to a physical core where there are enough of them; else siblings stay in one share as far as possible.
+
+        Threads are pinned when they take every physical core.
+        """
         one_each = tuple({_physical_core(core): core for core in reversed(self.cores)}.values())[::-1]
-        return deal(one_each if sum(num_threads) <= len(one_each) else self.cores, num_threads)
+        total = sum(num_threads)
+        return deal(one_each if total <= len(one_each) else self.cores, num_threads, pinned=total >= len(one_each))
 
     def enter(self, share: ComputeShare) -> None:
-        os.sched_setaffinity(0, share.cores)
+        if share.pinned:
+            os.sched_setaffinity(0, share.cores)
 
 
 def _physical_core(core: int) -> tuple[int, int]:

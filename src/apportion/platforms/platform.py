@@ -12,9 +12,14 @@ from apportion.platforms.arena import Arena
 
 @dataclass(frozen=True, slots=True)
 class ComputeShare:
-    """A lane's part of a device: on a CPU the cores its threads run on, disjoint from every other lane's."""
+    """A lane's part of a device: on a CPU as many threads as `cores`, disjoint from every other lane's.
+
+    pinned: each thread stays on its core. Otherwise the system places them: two processes that each use part of a machine must not
+    both sit on its first cores.
+    """
 
     cores: tuple[int, ...]
+    pinned: bool = True
 
     @property
     def num_threads(self) -> int:
@@ -55,7 +60,7 @@ def select_platform(device: str = "auto") -> Platform:
     return CpuPlatform()
 
 
-def deal(cores: Sequence[int], num_threads: Sequence[int]) -> tuple[ComputeShare, ...]:
+def deal(cores: Sequence[int], num_threads: Sequence[int], pinned: bool = True) -> tuple[ComputeShare, ...]:
     """Cut `cores` into consecutive shares. Errors: InvalidParameter where they do not suffice or a share is empty."""
     if min(num_threads, default=1) < 1:
         raise InvalidParameter(f"a lane needs at least one thread, got {min(num_threads)}")
@@ -63,6 +68,6 @@ def deal(cores: Sequence[int], num_threads: Sequence[int]) -> tuple[ComputeShare
         raise InvalidParameter(f"the lanes ask for {sum(num_threads)} threads together, {len(cores)} cores can be used")
     shares, first = [], 0
     for count in num_threads:
-        shares.append(ComputeShare(tuple(cores[first : first + count])))
+        shares.append(ComputeShare(tuple(cores[first : first + count]), pinned))
         first += count
     return tuple(shares)

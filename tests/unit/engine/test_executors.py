@@ -12,7 +12,7 @@ from pathlib import Path
 import pytest
 
 from apportion.core.config import EngineConfig, LaneConfig, ModelConfig, ParallelConfig
-from apportion.core.errors import CheckpointError, ExecutorDied, InvalidParameter
+from apportion.core.errors import CheckpointError, ExecutorDied, InvalidParameter, Unsupported
 from apportion.core.model_spec import ModelSpec
 from apportion.core.sampling_params import SamplingParams
 from apportion.core.schedule import CachedRequest, NewRequest, SchedulerOutput
@@ -25,11 +25,11 @@ PROMPT = [5, 9, 700, 31, 8]
 class Bench:
     """One executor and what it takes to talk to it."""
 
-    def __init__(self, folder, kind, lanes=("main",), size=1):
+    def __init__(self, folder, kind, lanes=("main",), size=1, kernels="reference"):
         self.model = ModelConfig(model=str(folder), name="m", dtype="float32")
         self.config = EngineConfig(
             models=(self.model,),
-            kernels="reference",
+            kernels=kernels,
             num_threads=max(size, len(lanes)),
             parallel=ParallelConfig(tensor_parallel_size=size),
             lanes=tuple(LaneConfig(name=name, executor=kind) for name in lanes),
@@ -119,6 +119,14 @@ def test_a_refused_model_leaves_the_worker_usable_and_a_defect_ends_it(bundled_m
                 executor.poll(5.0)
         assert "worker.py" in death.value.cause and "in execute" in death.value.cause
         assert not executor.is_alive
+
+
+@pytest.mark.parametrize("kind", ["uniproc", "multiproc"])
+def test_a_worker_that_cannot_start_says_why(bundled_model, kind):
+    with bench(bundled_model, kind, kernels="abacus") as b:
+        with pytest.raises(Unsupported, match="unknown kernels 'abacus'"):
+            b.load(b.executors[0])
+        assert not b.executors[0].is_alive
 
 
 def test_uniproc_is_one_rank(bundled_model):

@@ -22,7 +22,7 @@ def step(counts, **news):
 
 
 def test_chunks_decodes_and_samples_of_one_step():
-    batch = InputBatch(2, 100, ())
+    batch = InputBatch(2, 100)
     counts = {"b": 3, "a": 1, "c": 2}
     batch.update(
         step(
@@ -48,7 +48,7 @@ def test_chunks_decodes_and_samples_of_one_step():
 
 
 def test_the_next_step_reads_what_was_sampled_here():
-    batch = InputBatch(1, 100, ())
+    batch = InputBatch(1, 100)
     batch.update(step({"a": 2}, new_requests=[new("a", [1, 2])]))
     first = batch.build({"a": 2})
     batch.append(first, first.sampled, np.array([42], np.int32))
@@ -62,7 +62,7 @@ def test_the_next_step_reads_what_was_sampled_here():
 def test_random_histories_equal_plain_lists():
     """Admissions, chunks, block growth, windows, departures and returns, hundreds of steps long."""
     rng = random.Random(0)
-    batch, known, plain = InputBatch(2, 1000, ()), {}, 0
+    batch, known, plain = InputBatch(2, 1000), {}, 0
     for _step in range(400):
         news, cached, gone, counts = [], [], [], {}
         for request_id in list(known):
@@ -113,7 +113,7 @@ def test_random_histories_equal_plain_lists():
 
 
 def test_a_request_that_cannot_run_is_reported_and_the_others_go_on():
-    batch = InputBatch(1, 50, ())
+    batch = InputBatch(1, 50)
     bad = SamplingParams(temperature=0.0, logit_bias={50: 1.0})
     errors = batch.update(step({}, new_requests=[new("good", [1]), new("bad", [1], params=bad)]))
     assert list(errors) == ["bad"] and "logit_bias has the token id 50" in errors["bad"]
@@ -122,4 +122,4 @@ def test_a_request_that_cannot_run_is_reported_and_the_others_go_on():
 
 def test_random_sampling_needs_a_seed():
     with pytest.raises(InternalError, match="temperature 1 without a seed"):
-        InputBatch(1, 50, ()).update(step({}, new_requests=[new("a", [1], params=SamplingParams())]))
+        InputBatch(1, 50).update(step({}, new_requests=[new("a", [1], params=SamplingParams())]))

@@ -74,19 +74,20 @@ def test_shares_are_disjoint_and_spread_over_physical_cores(monkeypatch):
     platform = CpuPlatform()
     assert [s.cores for s in platform.compute_shares([3, 1])] == [(0, 1, 2), (3,)]
     assert [s.cores for s in platform.compute_shares([2, 6])] == [(0, 4), (1, 5, 2, 6, 3, 7)]
+    assert all(s.pinned for s in platform.compute_shares([3, 1])) and not any(s.pinned for s in platform.compute_shares([2, 1]))
     with pytest.raises(InvalidParameter, match="9 threads together, 8 cores"):
         platform.compute_shares([4, 5])
     with pytest.raises(InvalidParameter, match="at least one thread"):
         platform.compute_shares([0])
 
 
-def test_entering_a_share_pins_this_thread():
+def test_entering_a_share_of_a_full_machine_pins_this_thread():
     before = os.sched_getaffinity(0)
     platform = CpuPlatform()
     try:
-        (share,) = platform.compute_shares([1])
-        platform.enter(share)
-        assert os.sched_getaffinity(0) == set(share.cores)
+        shares = platform.compute_shares([1] * len(platform.cores))
+        platform.enter(shares[-1])
+        assert os.sched_getaffinity(0) == set(shares[-1].cores)
     finally:
         os.sched_setaffinity(0, before)
 

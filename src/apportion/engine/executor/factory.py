@@ -41,7 +41,7 @@ class ExecutorFactory:
         share = self._shares[lane.name]
         if share.num_threads < size:
             raise InvalidParameter(f"lane {lane.name!r} has {share.num_threads} threads for {size} ranks; give every rank one")
-        shares = deal(share.cores, [(share.num_threads + rank) // size for rank in range(size)])
+        shares = deal(share.cores, [(share.num_threads + rank) // size for rank in range(size)], share.pinned)
         name, device, kernels = lane.name, self._platform.name, self._config.kernels
         workers = [WorkerConfig(name, device, kernels, share, self._shared, rank, size) for rank, share in enumerate(shares)]
         client = EXECUTORS.get(lane.executor)(workers, self.kv_arenas)

@@ -15,8 +15,8 @@ from apportion.core.model_spec import ModelSpec
 from apportion.core.schedule import ModelRunnerOutput, SchedulerOutput
 from apportion.engine.executor.executor import WeightsHandle
 
-# (rank, kind, value); kinds: 'output' of a step, 'progress' of a load, 'result' or 'refused' of a call, 'died' with the worker's report,
-# 'gone' with how it ended
+# (rank, kind, value); kinds: 'output' of a step, 'progress' of a load, 'result' or 'refused' of a call, 'failed' with the error that kept
+# the worker from starting, 'died' with the worker's report, 'gone' with how it ended
 Reply = tuple[int, str, Any]
 
 CAUSE_TIMEOUT_S = 0.5  # how long the rank that died first is waited for when another one complains of it
@@ -43,7 +43,7 @@ class WorkerClient:
         self._next_ticket = 0
         self._outputs: list[tuple[int, ModelRunnerOutput]] = []
         self._results: list[dict[str, Any]] = [{} for _ in links]
-        self._death: ExecutorDied | None = None
+        self._death: ApportionError | None = None
         self.on_progress: Callable[[int, int], None] | None = None  # bytes of a model loaded, bytes in all
         self._mourner: int | None = None  # the rank whose word stands and that itself died of another's death
 
@@ -124,6 +124,8 @@ class WorkerClient:
         elif kind == "progress":
             if self.on_progress is not None:
                 self.on_progress(*value)
+        elif kind == "failed":
+            self._death = self._death or value
         elif self._death is None or self._mourner not in (None, rank):
             who = f"executor {self.name!r}" + (f" rank {rank}" if len(self._links) > 1 else "")
             self._mourner = rank if value.startswith(ExecutorDied.__name__) else None

@@ -21,8 +21,9 @@ def _make(isa: str, share: ComputeShare | None) -> Any:
     from apportion.kernels.cpu.ops import CpuOps
 
     torch.set_num_threads(1)  # the team's threads do the work; torch's own would compete with them for the cores
-    cores = list(share.cores) if share else []
-    return CpuOps(extension.load().ThreadTeam(len(cores) or len(os.sched_getaffinity(0)), cores), isa)
+    num_threads = share.num_threads if share else len(os.sched_getaffinity(0))
+    cores = list(share.cores) if share and share.pinned else []
+    return CpuOps(extension.load().ThreadTeam(num_threads, cores), isa)
 
 
 def implementations() -> list[Implementation]:
