@@ -20,11 +20,10 @@ from apportion.engine.input_processor import InputProcessor
 from apportion.engine.memory_plan import MemoryPlan
 from apportion.engine.output_processor import OutputProcessor
 from apportion.models.checkpoint import read_json, resolve_folder
-from apportion.processor.chat_template import Message
 from apportion.processor.tokenizer import Tokenizer
 
 Prompt = str | Sequence[int] | Mapping[str, Any]
-Conversation = Sequence[Message]
+Conversation = Sequence[Mapping[str, Any]]  # of messages: {'role', 'content'}
 
 # LLM's keywords, by the part of EngineConfig that they belong to.
 _PARTS = {

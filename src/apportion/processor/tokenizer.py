@@ -10,13 +10,15 @@ import json
 from collections.abc import Sequence
 from functools import cached_property
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import tokenizers
 from tokenizers.processors import TemplateProcessing
 
 from apportion.core.errors import CheckpointError, InvalidRequest
-from apportion.processor.chat_template import ChatTemplate
+
+if TYPE_CHECKING:
+    from apportion.processor.chat_template import ChatTemplate
 
 OLD_FILES = ("tokenizer.model", "vocab.json", "spiece.model", "tekken.json", "sentencepiece.bpe.model")
 
@@ -78,6 +80,8 @@ class Tokenizer:
 
     def compile_template(self, source: str) -> ChatTemplate:
         """A template of the caller's own, with this tokenizer's special tokens in reach."""
+        from apportion.processor.chat_template import ChatTemplate  # jinja2 is not needed to complete a prompt
+
         specials = {name: _content(value) for name, value in self.config.items() if name.endswith("_token")}
         return ChatTemplate(source, {name: value for name, value in specials.items() if value is not None})
 
