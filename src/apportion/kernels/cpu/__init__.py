@@ -8,7 +8,7 @@ from apportion.kernels.cpu import extension
 from apportion.kernels.dispatch import Capability, Implementation
 from apportion.platforms.platform import ComputeShare
 
-OPS = ("linear", "experts", "paged_attention", "latent_attention", "rotate", "rms_norm", "add_rms_norm", "silu_mul", "route")
+LIMITS = ("sample and logprobs run in torch, one row after the other",)
 ROUNDS_ACTIVATIONS = {"amx": ("bfloat16",)}  # matrix tiles multiply bf16 by bf16
 RANKS = {"generic": 10, "avx2": 20, "avx512": 30, "amx": 40}
 
@@ -34,6 +34,7 @@ def implementations() -> list[Implementation]:
         unavailable = "" if state["available"] else f"this processor {state['reason']}" if extension.available() else state["reason"]
         if ENV.isa and isa != ENV.isa:
             unavailable = f"APPORTION_ISA pins '{ENV.isa}'"
-        capability = Capability("cpu", isa, OPS, batch_invariant=True, rounds_activations=ROUNDS_ACTIVATIONS.get(isa, ()))
+        rounds = ROUNDS_ACTIVATIONS.get(isa, ())
+        capability = Capability("cpu", isa, batch_invariant=True, rounds_activations=rounds, limits=LIMITS)
         found.append(Implementation(f"cpu-{isa}", RANKS[isa], capability, partial(_make, isa), unavailable))
     return found

@@ -37,17 +37,14 @@ def uniform(seed: Tensor, position: Tensor) -> Tensor:
 
 
 def sample(logits: Tensor, rows: SamplingRows) -> Tensor:
-    u = uniform(rows.seed, rows.position).tolist()
-    temperature, top_k = rows.temperature.tolist(), rows.top_k.tolist()
-    top_p, min_p = rows.top_p.tolist(), rows.min_p.tolist()
-    ids = logits.numpy().argmax(axis=-1)  # numpy promises the first of equals, and a NaN where there is one
-    out = torch.from_numpy(ids.astype(np.int32))
-    for r, row in enumerate(logits):
-        if not torch.isfinite(row[ids[r]]):
-            out[r] = -1
-        elif temperature[r] > 0:
-            out[r] = _draw(row, temperature[r], top_k[r], top_p[r], min_p[r], u[r])
-    return out
+    ids = torch.from_numpy(logits.numpy().argmax(axis=-1))  # numpy promises the first of equals, and a NaN where there is one
+    fails = ~logits.gather(1, ids[:, None])[:, 0].isfinite()
+    drawn = (~fails & (rows.temperature > 0)).nonzero()[:, 0]
+    u = uniform(rows.seed[drawn], rows.position[drawn])
+    for r, chance in zip(drawn.tolist(), u.tolist(), strict=True):
+        limits = (float(rows.temperature[r]), int(rows.top_k[r]), float(rows.top_p[r]), float(rows.min_p[r]))
+        ids[r] = _draw(logits[r], *limits, chance)
+    return ids.masked_fill_(fails, -1).int()
 
 
 def _draw(logits: Tensor, temperature: float, top_k: int, top_p: float, min_p: float, u: float) -> int:
