@@ -19,7 +19,7 @@ class Linear(nn.Module):
     """y = x W^T + b on this rank's part of W. x [T, C] -> y [T, N], float32, in the activation slot `slot`: valid until it is taken again.
 
     projections: checkpoint names and row shards that follow one another in N. columns: the shard of C. With `reduce` the result is summed
-    over ranks, and the first rank alone adds the bias.
+    over ranks, and the first rank alone adds the bias. Layers call `forward` directly, past hooks: who wants to see x wraps `op`.
     """
 
     def __init__(
