@@ -11,18 +11,28 @@ import pytest
 import torch
 
 from apportion.core.config import ModelConfig
-from apportion.core.errors import InternalError
+from apportion.core.errors import InternalError, Unsupported
+from apportion.kernels.dispatch import select_ops
 from apportion.kernels.reference.ops import ReferenceOps
 from apportion.models.checkpoint import read_spec
 from apportion.models.loader import attach_model, load_model
+from apportion.platforms.platform import select_platform
 
 TOKENS = [3, 1, 4, 1, 5, 92, 6]
 
 
-def test_attached_model_is_bitwise_equal(tiny, load, logits_of):
-    loaded = load(tiny.write())
+@pytest.mark.parametrize("kernels", ["reference", "cpu"])
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+def test_attached_model_is_bitwise_equal(tiny, logits_of, kernels, dtype):
+    """Two sets of operators, as two processes have them, over the same bytes."""
+    try:
+        ops, others = (select_ops(select_platform("cpu"), prefer=kernels) for _ in range(2))
+    except Unsupported as error:
+        pytest.skip(str(error))
+    folder = tiny.write()
+    loaded = load_model(ModelConfig(model=str(folder), dtype=dtype), read_spec(folder), ops)
     manifest = json.loads(json.dumps(loaded.manifest))
-    attached = attach_model(manifest, loaded.arena, ReferenceOps())
+    attached = attach_model(manifest, loaded.arena, others)
     assert torch.equal(logits_of(attached.model, TOKENS), logits_of(loaded.model, TOKENS))
     assert attached.manifest == loaded.manifest
 
