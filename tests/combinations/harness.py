@@ -32,10 +32,11 @@ class Result:
 
 @dataclass(frozen=True, kw_only=True)
 class Setup:
-    """How an engine is made. kv_blocks: KV memory in blocks of the (first) layer group."""
+    """How an engine is made. kv_blocks: KV memory in blocks of every layer group."""
 
     model: Path
     dtype: str = "float32"
+    load_format: str = "auto"
     kernels: str = "auto"
     kv_blocks: int = 512
     num_threads: int | None = 1
@@ -48,7 +49,7 @@ class Setup:
     @property
     def config(self) -> EngineConfig:
         return EngineConfig(
-            models=(ModelConfig(model=str(self.model), name=NAME, dtype=self.dtype),),
+            models=(ModelConfig(model=str(self.model), name=NAME, dtype=self.dtype, load_format=self.load_format),),
             cache=CacheConfig(enable_prefix_caching=self.prefix_caching),
             scheduler=SchedulerConfig(max_num_batched_tokens=self.budget, max_num_seqs=self.max_num_seqs),
             parallel=ParallelConfig(tensor_parallel_size=self.tensor_parallel_size),
@@ -99,7 +100,7 @@ def running(setup: Setup):
     spec = ModelSpec.from_hf(json.loads((setup.model / "config.json").read_text()))
     kv_dtype = spec.dtype if setup.dtype == "auto" else setup.dtype
     groups = spec.kv_groups(kv_dtype, config.cache.block_size, setup.tensor_parallel_size)
-    num_bytes = setup.kv_blocks * groups[0].block_bytes
+    num_bytes = setup.kv_blocks * sum(group.block_bytes for group in groups)
     arena = Arena(num_bytes, choose_slab_bytes([group.block_bytes for group in groups], num_bytes))
     executors = ExecutorFactory(config, arena.num_bytes)
     engine = Engine(config.lanes, executors, arena, config.scheduler, config.cache)

@@ -5,6 +5,7 @@ without a cache. Where the kernels promise it, log-probabilities must be the sam
 did happen.
 """
 
+import json
 import os
 import signal
 from dataclasses import replace
@@ -14,6 +15,7 @@ import torch
 
 from apportion.core.config import LaneConfig
 from apportion.core.sampling_params import SamplingParams
+from apportion.engine import scheduler
 from apportion.kernels.dispatch import choose
 
 from .harness import DECODE, PREFILL, Setup, generate, running
@@ -40,16 +42,38 @@ def two_lanes(executor, depth=1):
     return (LaneConfig(name="p", phases=PREFILL, executor=executor), LaneConfig(name="d", phases=DECODE, executor=executor, depth=depth))
 
 
-@pytest.fixture(scope="module", params=["bundled", "stories260K"])
-def plain(request, bundled_model, shared_data):
+SMALL = {
+    "hidden_size": 48, "intermediate_size": 80, "num_hidden_layers": 4, "num_attention_heads": 6, "vocab_size": 512, "dtype": "bfloat16",
+    "max_position_embeddings": 512, "eos_token_id": 2, "tie_word_embeddings": False,
+}  # fmt: skip
+RANDOM = {
+    # two KV groups: two layers see everything, two a window of 40 tokens, so that blocks die while requests run
+    "windows": SMALL | {
+        "architectures": ["Qwen2ForCausalLM"], "model_type": "qwen2", "num_key_value_heads": 2, "use_sliding_window": True,
+        "sliding_window": 40, "max_window_layers": 2,
+    },
+    # a latent cache, and experts
+    "latent": SMALL | {
+        "architectures": ["DeepseekV2ForCausalLM"], "model_type": "deepseek_v2", "num_key_value_heads": 6, "kv_lora_rank": 20,
+        "q_lora_rank": None, "qk_nope_head_dim": 14, "qk_rope_head_dim": 6, "v_head_dim": 10, "first_k_dense_replace": 1,
+        "moe_intermediate_size": 20, "n_routed_experts": 8, "num_experts_per_tok": 3, "n_shared_experts": 2,
+    },
+}  # fmt: skip
+
+
+@pytest.fixture(scope="module", params=["bundled", "stories260K", *RANDOM])
+def plain(request, bundled_model, shared_data, tmp_path_factory):
     """How a request runs alone: one chunk, one thread, no cache.
 
-    The bundled model runs in its own bfloat16 where the kernels keep their bits in any batch. The reference does not promise that, and
-    rounding K and V to bfloat16 would make a token of its last bits: it runs in float32.
+    Models run in bfloat16 where the kernels keep their bits in any batch. The reference does not promise that, and rounding K and V to
+    bfloat16 would make a token of its last bits: it runs in float32.
     """
-    if request.param == "bundled":
-        return Setup(model=bundled_model, dtype="auto" if INVARIANT else "float32")
-    return Setup(model=shared_data("stories260K/hf"), dtype="float32")
+    dtype = "auto" if INVARIANT else "float32"
+    if request.param in RANDOM:
+        folder = tmp_path_factory.mktemp(request.param)
+        (folder / "config.json").write_text(json.dumps(RANDOM[request.param]))
+        return Setup(model=folder, dtype=dtype, load_format="dummy")
+    return Setup(model=bundled_model if request.param == "bundled" else shared_data("stories260K/hf"), dtype=dtype)
 
 
 @pytest.fixture(scope="module")
@@ -57,6 +81,13 @@ def alone(plain):
     """Every request on its own, one after another."""
     with running(plain) as run:
         return [run.generate([prompt], params)[0] for prompt, params in zip(PROMPTS, PARAMS, strict=True)]
+
+
+@pytest.fixture
+def eager(monkeypatch):
+    """Admission that keeps no room for growth, so that preemption is common."""
+    monkeypatch.setattr(scheduler, "GROWTH_START", 0.0)
+    monkeypatch.setattr(scheduler, "GROWTH_STEP", 0.0)
 
 
 def check(found, expected):
@@ -110,7 +141,7 @@ def test_prefix_cache_hits(plain, alone, budget):
 @pytest.mark.combination("preemption", "prefix cache", "token-equal")
 @pytest.mark.combination("preemption", "chunked prefill", "token-equal")
 @pytest.mark.parametrize(("caching", "budget"), [(False, 2048), (True, 40)])
-def test_preempted(plain, alone, caching, budget):
+def test_preempted(plain, alone, eager, caching, budget):
     with running(replace(plain, kv_blocks=8, prefix_caching=caching, budget=budget)) as run:
         check_twins(run, alone)
         assert run.metrics.num_preemptions > 0
@@ -123,7 +154,7 @@ def test_two_threads(plain, alone):
 
 @pytest.mark.combination("asynchronous scheduling", "preemption", "token-equal")
 @pytest.mark.combination("asynchronous scheduling", "chunked prefill", "token-equal")
-def test_steps_in_flight(plain, alone):
+def test_steps_in_flight(plain, alone, eager):
     lanes = (LaneConfig(depth=2),)
     check(generate(replace(plain, lanes=lanes), PROMPTS, PARAMS), alone)
     with running(replace(plain, lanes=lanes, kv_blocks=8, budget=40, prefix_caching=True)) as run:
@@ -135,7 +166,7 @@ def test_steps_in_flight(plain, alone):
 @pytest.mark.combination("two lanes (semi-PD)", "prefix cache", "token-equal")
 @pytest.mark.combination("two lanes (semi-PD)", "preemption", "token-equal")
 @pytest.mark.combination("two lanes (semi-PD)", "asynchronous scheduling", "token-equal")
-def test_two_lanes_in_threads(plain, alone):
+def test_two_lanes_in_threads(plain, alone, eager):
     check(generate(replace(plain, num_threads=2, lanes=two_lanes("uniproc")), PROMPTS, PARAMS), alone)
     crowded = replace(plain, num_threads=2, lanes=two_lanes("uniproc", depth=2), kv_blocks=8, budget=40, prefix_caching=True)
     with running(crowded) as run:
