@@ -34,7 +34,7 @@ FACE = {"llm", "__init__", "version"}  # modules directly in the package
 # Importing these must not import torch.
 CONTROL_PLANE = (
     "core", "kvcache/arena", "kvcache/block_pool", "kvcache/prefix_cache", "kvcache/kv_cache_manager", "engine/scheduler",
-    "engine/policies", "engine/lane", "simulator", "planner",
+    "engine/policies", "engine/share_policies", "engine/lane", "engine/engine", "simulator", "planner",
 )  # fmt: skip
 
 

@@ -32,13 +32,14 @@ class Result:
 
 @dataclass(frozen=True, kw_only=True)
 class Setup:
-    """How an engine is made. kv_blocks: KV memory in blocks of every layer group."""
+    """How an engine is made. kv_blocks: KV memory in blocks of every layer group. slab_factor: slabs so many times the smallest."""
 
     model: Path
     dtype: str = "float32"
     load_format: str = "auto"
     kernels: str = "auto"
     kv_blocks: int = 512
+    slab_factor: int = 1
     num_threads: int | None = 1
     budget: int = 2048
     max_num_seqs: int = 256
@@ -101,7 +102,7 @@ def running(setup: Setup):
     kv_dtype = spec.dtype if setup.dtype == "auto" else setup.dtype
     groups = spec.kv_groups(kv_dtype, config.cache.block_size, setup.tensor_parallel_size)
     num_bytes = setup.kv_blocks * sum(group.block_bytes for group in groups)
-    arena = Arena(num_bytes, choose_slab_bytes([group.block_bytes for group in groups], num_bytes))
+    arena = Arena(num_bytes, setup.slab_factor * choose_slab_bytes([group.block_bytes for group in groups], num_bytes))
     executors = ExecutorFactory(config, arena.num_bytes)
     engine = Engine(config.lanes, executors, arena, config.scheduler, config.cache)
     try:

@@ -18,7 +18,7 @@ from apportion.core.sampling_params import SamplingParams
 from apportion.engine import scheduler
 from apportion.kernels.dispatch import choose
 
-from .harness import DECODE, PREFILL, Setup, generate, running
+from .harness import DECODE, NAME, PREFILL, Setup, generate, running
 
 INVARIANT = choose("cpu")[0].capability.batch_invariant
 NUM_TOKENS = 24
@@ -216,3 +216,19 @@ def test_two_ranks(model, bundled_model, shared_data):
             assert [result.token_ids for result in two] == [result.token_ids for result in one]
             for a, b in zip(one, two, strict=True):
                 assert torch.allclose(torch.tensor(a.logprobs), torch.tensor(b.logprobs), atol=2e-3)
+
+
+@pytest.mark.combination("continuous batching", "KV reclaim with moves", "token-equal")
+@pytest.mark.combination("prefix caching", "KV reclaim with moves", "token-equal")
+def test_blocks_moved_under_running_requests(plain, alone):
+    """After every step all memory is asked back, so that live blocks move into fuller slabs again and again."""
+    with running(replace(plain, kv_blocks=96, slab_factor=8, budget=40, prefix_caching=True)) as run:
+        num_moves = []
+
+        def reclaim(engine):
+            engine.reclaim(NAME, engine.arena.num_bytes)
+            num_moves.append(len(engine.models[NAME].scheduler._moves.ops))
+
+        run.on_step.append(reclaim)
+        check_twins(run, alone)
+        assert sum(num_moves) > 3

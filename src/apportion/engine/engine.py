@@ -91,8 +91,8 @@ class Engine:
         for lane in list(self.lanes):
             self._guarded(lane, self._fill)
         busy = [lane for lane in self.lanes if lane.tickets or not lane.executor.is_alive]
-        slice_s = 0.0 if self._updates else timeout_s if len(busy) == 1 else POLL_SLICE_S
-        num_rounds = 1 if slice_s in (0.0, timeout_s) else 1 + int(timeout_s / (slice_s * max(1, len(busy))))
+        slice_s = 0.0 if self._updates else timeout_s if len(busy) <= 1 else min(timeout_s, POLL_SLICE_S)
+        num_rounds = 1 + int(timeout_s / (slice_s * len(busy))) if 0.0 < slice_s < timeout_s else 1
         for _ in range(num_rounds):
             if sum([self._guarded(lane, self._collect, slice_s) for lane in busy if lane in self.lanes]):
                 break
