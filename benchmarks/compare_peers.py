@@ -2,9 +2,10 @@
 
     python benchmarks/compare_peers.py [--cases decode-1,prefill-512] [--engines apportion,vllm] [--rounds 5]
 
-An engine that exists in two dtypes is tried in both first and enters the rounds with its faster one, case by case. The figure of a
-case is the median over the rounds, the ratio the median of the rounds' ratios to the best peer. Every engine is a process of its
-own (peers/*_peer.py) with --threads threads; processes that are not being measured are stopped (SIGSTOP).
+A short run of every engine in every dtype comes first: an engine enters the rounds with its faster dtype, case by case, and not at
+all where it has less than a quarter of the best rate (its figure is then the short run's). The figure of a case is the median over
+the rounds, the ratio the median of the rounds' ratios to the best peer. Every engine is a process of its own (peers/*_peer.py) with
+--threads threads; processes that are not being measured are stopped (SIGSTOP).
 """
 
 from __future__ import annotations
@@ -28,6 +29,7 @@ from apportion.bench.traffic import read_traffic
 ROOT = Path(__file__).resolve().parents[1]
 MODELS = ROOT / ".cache" / "bench"
 SCREEN_OUTPUT_LEN = 17  # of the short runs that choose a dtype
+HOPELESS = 0.25  # of the best rate in the short runs: such an engine is left out of the rounds
 SETTLE_S = 0.3  # for spinning threads of the process that ran last to go to sleep
 
 
@@ -63,13 +65,17 @@ CASES = {
 
 @dataclass(frozen=True)
 class Variant:
-    """One engine in one dtype. weight_bytes, kv_bytes: of a stored number, for the bytes a token reads."""
+    """One engine in one dtype. weight_bytes, kv_bytes: of a stored number, for the bytes a token reads.
+
+    unless: a processor feature that makes this dtype pointless, as matrix tiles for bf16 do.
+    """
 
     engine: str
     dtype: str
     weight_bytes: float
     kv_bytes: float
     mandatory: bool = False
+    unless: str = ""
 
     @property
     def python(self) -> str:
@@ -87,11 +93,11 @@ VARIANTS = (
     Variant("transformers", "bfloat16", 2, 2, mandatory=True),
     Variant("openvino", "auto", 2, 1),  # its KV cache is u8 unless told otherwise
     Variant("vllm", "bfloat16", 2, 2),
-    Variant("vllm", "float32", 4, 4),
+    Variant("vllm", "float32", 4, 4, unless="amx_bf16"),
 )
 
 
-@dataclass
+@dataclass(eq=False)
 class Process:
     """A running engine, stopped unless `run` is under way."""
 
@@ -156,8 +162,9 @@ def start_all(model: str, engines: list[str], threads: int) -> tuple[list[Proces
         make_model(model, MODELS / model)
     processes: list[Process] = []
     missing: dict[str, str] = {}
+    features = Path("/proc/cpuinfo").read_text().split()
     for variant in VARIANTS:
-        if variant.engine not in engines:
+        if variant.engine not in engines or variant.unless in features:
             continue
         log = MODELS / f"{model}-{variant.engine}-{variant.dtype}.log"
         try:
@@ -175,32 +182,30 @@ def start_all(model: str, engines: list[str], threads: int) -> tuple[list[Proces
     return processes, missing
 
 
-def choose_variants(processes: list[Process], case: Case) -> list[Process]:
-    """One process per engine: where there are several dtypes, the one that is faster in a short run of this very case."""
+def choose_variants(processes: list[Process], case: Case) -> dict[Process, float]:
+    """The faster process of every engine, with its rate in a short run of this very case."""
     chosen: dict[str, tuple[float, Process]] = {}
-    contested = {p.variant.engine for p in processes if sum(q.variant.engine == p.variant.engine for q in processes) > 1}
     for process in processes:
-        engine, rate = process.variant.engine, 0.0
-        if engine in contested:
-            rate = case.tokens_per_s(process.run(case, min(case.output_len, SCREEN_OUTPUT_LEN), seed=1))
-        if engine not in chosen or rate > chosen[engine][0]:
-            chosen[engine] = (rate, process)
-    return [process for _, process in chosen.values()]
+        rate = case.tokens_per_s(process.run(case, min(case.output_len, SCREEN_OUTPUT_LEN), seed=1))
+        if rate > chosen.get(process.variant.engine, (0.0, process))[0]:
+            chosen[process.variant.engine] = (rate, process)
+    return {process: rate for rate, process in chosen.values()}
 
 
 def measure_case(processes: list[Process], case: Case, rounds: int) -> dict[str, Any]:
     """Rates per engine and round, then what they amount to."""
-    chosen = choose_variants(processes, case)
-    rates: dict[str, list[float]] = {p.variant.engine: [] for p in chosen}
+    short = choose_variants(processes, case)
+    running = [p for p, rate in short.items() if rate >= HOPELESS * max(short.values()) or p.variant.mandatory]
+    rates = {p.variant.engine: [] if p in running else [rate] for p, rate in short.items()}
     first_tokens: dict[str, list[int]] = {}
     for number in range(rounds):
-        order = chosen[number % len(chosen) :] + chosen[: number % len(chosen)]  # nobody always runs after the same one
-        for process in order:
+        turn = number % len(running)
+        for process in running[turn:] + running[:turn]:  # nobody always runs after the same one
             answer = process.run(case, case.output_len, seed=100 + number)
             rates[process.variant.engine].append(case.tokens_per_s(answer))
             if number == 0:
                 first_tokens[process.variant.engine] = [row[0] for row in answer["token_ids"]]
-    return summarize(case, chosen, rates, first_tokens)
+    return summarize(case, list(short), rates, first_tokens)
 
 
 def summarize(case: Case, chosen: list[Process], rates: dict[str, list[float]], first_tokens: dict[str, list[int]]) -> dict[str, Any]:
@@ -232,7 +237,7 @@ def bar(case: Case, name: str, least: float, rates: dict[str, list[float]], medi
     against = max(peers, key=peers.__getitem__) if name == "best" else name
     if against not in rates:
         return {"against": against, "to_reach": least, "ratio": None, "met": None}
-    ratios = [ours / theirs for ours, theirs in zip(rates["apportion"], rates[against], strict=True)]
+    ratios = [ours / theirs for ours, theirs in zip(rates["apportion"], rates[against], strict=False)]  # a short run has one
     ratio = statistics.median(ratios)
     return {"against": against, "to_reach": least, "ratio": ratio, "rounds": ratios, "met": ratio >= least}
 
