@@ -114,7 +114,6 @@ class Process:
             stderr=log.open("w"),
             text=True,
             start_new_session=True,
-            env=os.environ | {"PYTHONPATH": str(ROOT / "src")} if variant.engine == "apportion" else None,
         )
         process = cls(variant, child)
         process.about = process._answer()

@@ -65,8 +65,7 @@ def run_section(name: str, args: argparse.Namespace) -> Any:
             command += ["--engines", args.engines] if args.engines else []
         else:
             command = ["sections.py", name, str(args.threads), str(out)]
-        environment = os.environ | {"PYTHONPATH": os.pathsep.join([str(ROOT / "src"), os.environ.get("PYTHONPATH", "")]).rstrip(os.pathsep)}
-        subprocess.run([sys.executable, str(ROOT / "benchmarks" / command[0]), *command[1:]], check=True, env=environment)
+        subprocess.run([sys.executable, str(ROOT / "benchmarks" / command[0]), *command[1:]], check=True)
         return json.loads(out.read_text())
 
 
