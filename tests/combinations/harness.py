@@ -72,18 +72,24 @@ class Running:
 
     def generate(self, prompts: Iterable[Sequence[int]], params: SamplingParams | Sequence[SamplingParams]) -> list[Result]:
         """All prompts at once, to the end."""
+        return self.finish(self.add(prompts, params))
+
+    def add(self, prompts: Iterable[Sequence[int]], params: SamplingParams | Sequence[SamplingParams], model: str = NAME) -> list[Request]:
         prompts = list(prompts)
         each = [params] * len(prompts) if isinstance(params, SamplingParams) else params
-        requests, found = [], {}
+        requests = []
         for prompt, one in zip(prompts, each, strict=True):
             self.num_requests += 1
-            request = Request(f"request-{self.num_requests}", NAME, list(prompt), one, self.eos_token_ids)
-            requests.append(request)
-            self.engine.add_request(request)
-            found[request.request_id] = []
+            requests.append(Request(f"request-{self.num_requests}", model, list(prompt), one, self.eos_token_ids))
+            self.engine.add_request(requests[-1])
+        return requests
+
+    def finish(self, requests: Iterable[Request]) -> list[Result]:
+        """Step until nothing is left to do."""
+        found: dict[str, list[float]] = {}
         while self.engine.has_unfinished:
             for update in self.engine.step(timeout_s=5.0):
-                found[update.request.request_id] += [entry.logprobs[0] for entry in update.logprobs]
+                found.setdefault(update.request.request_id, []).extend(entry.logprobs[0] for entry in update.logprobs)
             for hook in self.on_step:
                 hook(self.engine)
         self.engine.check_integrity()

@@ -13,10 +13,11 @@ from dataclasses import replace
 import pytest
 import torch
 
-from apportion.core.config import LaneConfig
+from apportion.core.config import LaneConfig, ModelConfig
 from apportion.core.sampling_params import SamplingParams
 from apportion.engine import scheduler
 from apportion.kernels.dispatch import choose
+from apportion.models.checkpoint import read_spec
 
 from .harness import DECODE, NAME, PREFILL, Setup, generate, running
 
@@ -199,6 +200,24 @@ def kill_at(pid, num_output_tokens):
 
     hook.armed = True
     return hook
+
+
+@pytest.mark.combination("several models", "continuous batching", "token-equal")
+@pytest.mark.combination("several models", "prefix cache", "token-equal")
+@pytest.mark.combination("several models", "two lanes (semi-PD)", "token-equal")
+def test_two_models_in_one_memory(plain, alone, bundled_model):
+    """Another model with other block sizes takes and gives slabs of the same arena while this one runs."""
+    other = Setup(model=bundled_model, dtype="auto" if INVARIANT else "float32")
+    expected = generate(other, PROMPTS, PARAMS)
+    lanes = two_lanes("uniproc")
+    with running(replace(plain, num_threads=2, lanes=lanes, budget=50, prefix_caching=True, kv_blocks=2048)) as run:
+        spec = read_spec(bundled_model)
+        config = ModelConfig(model=str(bundled_model), name="other", dtype=other.dtype)
+        run.engine.add_model(config, spec, spec.kv_groups(other.dtype, 32))
+        for _ in range(2):
+            requests = [*run.add(PROMPTS, PARAMS), *run.add(PROMPTS, PARAMS, "other")]
+            check(run.finish(requests), alone + expected)
+        assert all(metrics.prefix_cache_hits > 0 for metrics in run.engine.metrics().values())
 
 
 @pytest.mark.combination("tensor parallel", "chunked prefill", "token-equal")
