@@ -4,7 +4,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+import math
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 from apportion.core.config import DTYPES
@@ -19,54 +20,74 @@ ROPE_TYPES: dict[str, tuple[str, ...]] = {
     "yarn": ("factor",),
     "llama3": ("factor", "low_freq_factor", "high_freq_factor"),
 }
-_ROPE_NAMES = {"rope_type", "type", "rope_theta", "partial_rotary_factor", "original_max_position_embeddings", "finetuned"}
-_YARN_OPTIONS = ("attention_factor", "beta_fast", "beta_slow", "mscale", "mscale_all_dim", "truncate")
+_ROPE_NAMES = {"rope_type", "type", "rope_theta", "partial_rotary_factor", "original_max_position_embeddings", "truncate", "finetuned"}
+_YARN_OPTIONS = ("attention_factor", "beta_fast", "beta_slow", "mscale", "mscale_all_dim")
 
 
 class Fields:
-    """Checked access to a config's fields."""
+    """Checked access to a config's fields. A field that is missing or null takes the default. Errors: CheckpointError naming the field."""
 
     def __init__(self, config: Mapping[str, Any]) -> None:
         self.config = config
 
     def get(self, name: str, default: Any = None) -> Any:
-        """The field, or `default` where it is missing or null."""
         value = self.config.get(name)
         return default if value is None else value
 
-    def count(self, name: str, default: int | None = None) -> int:
-        """A positive integer."""
+    def count(self, name: str, default: int | None = None, least: int = 1) -> int:
         value = self.get(name, default)
-        if not isinstance(value, int) or isinstance(value, bool) or value < 1:
-            raise CheckpointError(f"config.json: {name} must be a positive integer, got {value!r}")
+        if not isinstance(value, int) or isinstance(value, bool) or value < least:
+            raise self._wrong(name, "a positive integer" if least else "an integer, not negative", value)
         return value
 
     def number(self, name: str, default: float | None = None) -> float:
+        """A positive number."""
         value = self.get(name, default)
-        if not isinstance(value, (int, float)):
-            raise CheckpointError(f"config.json: {name} must be a number, got {value!r}")
+        if not isinstance(value, (int, float)) or isinstance(value, bool) or not 0 < value < math.inf:
+            raise self._wrong(name, "a positive number", value)
         return float(value)
 
     def flag(self, name: str, default: bool = False) -> bool:
         value = self.get(name, default)
         if not isinstance(value, bool):
-            raise CheckpointError(f"config.json: {name} must be true or false, got {value!r}")
+            raise self._wrong(name, "true or false", value)
         return value
 
-    def token_ids(self, name: str) -> tuple[int, ...]:
-        value = self.get(name, ())
-        return (value,) if isinstance(value, int) else tuple(value)
+    def numbers(self, name: str) -> tuple[int, ...]:
+        """Integers, or one alone."""
+        value = self.get(name, [])
+        values = value if isinstance(value, list) else [value]
+        if not all(isinstance(v, int) and not isinstance(v, bool) and v >= 0 for v in values):
+            raise self._wrong(name, "integers, not negative", value)
+        return tuple(values)
+
+    def words(self, name: str, default: Sequence[str] = ()) -> tuple[str, ...]:
+        value = self.get(name, default)
+        if isinstance(value, str) or not isinstance(value, Sequence) or not all(isinstance(v, str) for v in value):
+            raise self._wrong(name, "a list of names", value)
+        return tuple(value)
+
+    def part(self, name: str) -> Mapping[str, Any]:
+        """An object; empty where there is none."""
+        value = self.get(name, {})
+        if not isinstance(value, Mapping):
+            raise self._wrong(name, "an object", value)
+        return value
+
+    @staticmethod
+    def _wrong(name: str, meaning: str, value: Any) -> CheckpointError:
+        return CheckpointError(f"config.json: {name} must be {meaning}, got {value!r}")
 
 
 def read_spec(config: Mapping[str, Any]) -> ModelSpec:
     """See ModelSpec.from_hf."""
     fields = Fields(config)
-    architectures = fields.get("architectures", ())
+    architectures = fields.words("architectures")
     known = [name for name in architectures if name in ARCHITECTURES]
     if not known:
         named = ", ".join(map(repr, architectures)) or "none (config.json names no architectures)"
         raise Unsupported(f"unknown architecture {named}; known: {', '.join(sorted(ARCHITECTURES))}")
-    if (quantized := fields.get("quantization_config")) is not None:
+    if quantized := fields.part("quantization_config"):
         raise Unsupported(f"checkpoints quantized by {quantized.get('quant_method')!r} cannot be read; known: unquantized ones")
     if (activation := fields.get("hidden_act", "silu")) not in ("silu", "swish"):
         raise Unsupported(f"unknown hidden_act {activation!r}; known: silu")
@@ -99,8 +120,8 @@ def _common(fields: Fields) -> dict[str, Any]:
         "norm_eps": fields.number("rms_norm_eps", 1e-6),
         "tied": fields.flag("tie_word_embeddings"),
         "windows": (None,) * num_layers,
-        "eos_token_ids": fields.token_ids("eos_token_id"),
-        "bos_token_id": fields.get("bos_token_id"),
+        "eos_token_ids": fields.numbers("eos_token_id"),
+        "bos_token_id": next(iter(fields.numbers("bos_token_id")), None),
     }
 
 
@@ -113,22 +134,23 @@ def _dtype(fields: Fields) -> str:
 
 def read_rope(fields: Fields, head_dim: int, interleaved: bool = False) -> tuple[RopeSpec, int]:
     """The rotary embedding of heads of `head_dim` rotated channels, and the longest context it reaches."""
-    raw = fields.get("rope_parameters") or fields.get("rope_scaling") or {}
+    raw = fields.part("rope_parameters") or fields.part("rope_scaling")
     rope = Fields(raw)
     kind = rope.get("rope_type", rope.get("type", "default"))
     if any(isinstance(value, Mapping) for value in raw.values()):
         raise Unsupported("rope_parameters per layer type are not known; known: one set for all layers")
-    if kind not in ROPE_TYPES:
+    if not isinstance(kind, str) or kind not in ROPE_TYPES:
         raise Unsupported(f"unknown rope type {kind!r}; known: {', '.join(ROPE_TYPES)}")
     if unknown := raw.keys() - _ROPE_NAMES - {*_YARN_OPTIONS}.union(*ROPE_TYPES.values()):
         raise Unsupported(f"unknown rope parameter {min(unknown)!r} of type {kind!r}")
     max_position = fields.count("max_position_embeddings", 2048)
-    original = fields.get("original_max_position_embeddings", rope.get("original_max_position_embeddings", max_position))
+    original = fields.count("original_max_position_embeddings", rope.count("original_max_position_embeddings", max_position))
     if kind == "yarn" and rope.get("factor") is None:
         rope = Fields({**raw, "factor": max_position / original})
     parameters = {name: rope.number(name) for name in ROPE_TYPES[kind]}
     if kind == "yarn":
-        parameters |= {name: rope.number(name) for name in _YARN_OPTIONS if rope.get(name) is not None}
+        parameters |= {name: rope.number(name) for name in _YARN_OPTIONS if rope.get(name, 0) != 0}  # 0: as if it were missing
+        parameters["truncate"] = float(rope.flag("truncate", True))
     reach = max_position
     if kind in ("linear", "dynamic"):
         parameters["original_max_position_embeddings"] = max_position
@@ -137,8 +159,8 @@ def read_rope(fields: Fields, head_dim: int, interleaved: bool = False) -> tuple
         parameters["original_max_position_embeddings"] = original
         reach = int(original * parameters["factor"]) if kind == "yarn" else max_position
     rotary_dim = int(head_dim * rope.number("partial_rotary_factor", fields.number("partial_rotary_factor", 1.0)))
-    if rotary_dim % 2:
-        raise Unsupported(f"rotary embedding over {rotary_dim} channels of a head: the number must be even")
+    if rotary_dim % 2 or not 2 <= rotary_dim <= head_dim:
+        raise Unsupported(f"rotary embedding over {rotary_dim} channels of heads of {head_dim}: the number must be even and fit")
     theta = rope.number("rope_theta", fields.number("rope_theta", 10000.0))
     return RopeSpec(theta, rotary_dim, interleaved, kind, parameters), reach
 
@@ -179,7 +201,7 @@ def _mixtral(fields: Fields) -> dict[str, Any]:
 
 
 def _qwen2_moe(fields: Fields) -> dict[str, Any]:
-    num_layers, first = fields.count("num_hidden_layers"), fields.get("max_window_layers", 28)
+    num_layers, first = fields.count("num_hidden_layers"), fields.count("max_window_layers", 28, least=0)
     kinds = ["sliding_attention" if i % 2 == 0 and i < first else "full_attention" for i in range(num_layers)]
     shared = {"num_shared": 1, "shared_ffn": fields.count("shared_expert_intermediate_size", 5632), "shared_gate": True}
     return {
@@ -197,7 +219,7 @@ def _qwen3_moe(fields: Fields) -> dict[str, Any]:
 
 def _qwen_mixture(fields: Fields, num_experts: int, top_k: int, ffn: int, **shared: Any) -> MoeSpec | None:
     """Every decoder_sparse_step-th layer is a mixture, but for those in mlp_only_layers."""
-    step, dense = fields.count("decoder_sparse_step", 1), fields.get("mlp_only_layers", ())
+    step, dense = fields.count("decoder_sparse_step", 1), fields.numbers("mlp_only_layers")
     layers = tuple(i for i in range(fields.count("num_hidden_layers")) if i not in dense and (i + 1) % step == 0)
     if not layers:
         return None
@@ -248,10 +270,11 @@ def _deepseek_mixture(fields: Fields) -> MoeSpec | None:
     if fields.flag("norm_topk_prob"):
         raise Unsupported("norm_topk_prob of DeepSeek-V2 is not known: its own code and transformers disagree about it")
     step = fields.count("moe_layer_freq", 1)
-    layers = tuple(i for i in range(fields.get("first_k_dense_replace", 0), fields.count("num_hidden_layers")) if i % step == 0)
+    layers = tuple(i for i in range(fields.count("first_k_dense_replace", 0, least=0), fields.count("num_hidden_layers")) if i % step == 0)
     if fields.get("n_routed_experts") is None or not layers:
         return None
-    num_experts, ffn, num_shared = (fields.get(name, 0) for name in ("n_routed_experts", "moe_intermediate_size", "n_shared_experts"))
+    num_experts, ffn = fields.count("n_routed_experts"), fields.count("moe_intermediate_size")
+    num_shared = fields.count("n_shared_experts", 0, least=0)
     num_groups, top_groups = (fields.count("n_group"), fields.count("topk_group")) if method == "group_limited_greedy" else (1, 1)
     if num_experts % num_groups or top_groups > num_groups:
         raise CheckpointError(f"config.json: {num_experts} experts do not form {num_groups} groups of which {top_groups} are chosen")
@@ -274,9 +297,9 @@ def qwen_windows(fields: Fields, default_kinds: list[str] | None = None) -> tupl
     num_layers = fields.count("num_hidden_layers")
     if not fields.flag("use_sliding_window"):
         return (None,) * num_layers
-    window, first = fields.count("sliding_window", 4096), fields.get("max_window_layers", 28)
+    window, first = fields.count("sliding_window", 4096), fields.count("max_window_layers", 28, least=0)
     later = ["full_attention"] * min(first, num_layers) + ["sliding_attention"] * (num_layers - first)
-    kinds = fields.get("layer_types", default_kinds or later)
+    kinds = fields.words("layer_types", default_kinds or later)
     if unknown := set(kinds) - {"full_attention", "sliding_attention"}:
         raise Unsupported(f"unknown layer type {min(unknown)!r}; known: full_attention, sliding_attention")
     if len(kinds) != num_layers:

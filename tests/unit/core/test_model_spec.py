@@ -104,7 +104,7 @@ def test_heads_of_ranks():
         ({"architectures": ...}, Unsupported, "names no architectures"),
         ({"rope_scaling": {"rope_type": "longrope", "factor": 2}}, Unsupported, "unknown rope type 'longrope'; known: default, linear"),
         ({"rope_scaling": {"rope_type": "yarn", "factor": 2.0, "warmth": 1}}, Unsupported, "unknown rope parameter 'warmth'"),
-        ({"rope_scaling": {"rope_type": "linear"}}, CheckpointError, "factor must be a number, got None"),
+        ({"rope_scaling": {"rope_type": "linear"}}, CheckpointError, "factor must be a positive number, got None"),
         ({"rope_scaling": {"full_attention": {"rope_type": "default"}}}, Unsupported, "per layer type"),
         ({"hidden_size": ...}, CheckpointError, "hidden_size must be a positive integer, got None"),
         ({"num_hidden_layers": "32"}, CheckpointError, "num_hidden_layers must be a positive integer, got '32'"),
