@@ -58,6 +58,7 @@ def test_rotate(make_ops, reference, interleaved, heads, dim, width):
 ROUTES = [
     RouteSpec(8, 2),
     RouteSpec(60, 4, renormalize=False),
+    RouteSpec(1, 1, scoring="sigmoid", renormalize=False),  # a plain gate
     RouteSpec(16, 16, scoring="sigmoid"),
     RouteSpec(32, 6, renormalize=False, num_groups=8, top_groups=3, scale=16.0),
     RouteSpec(12, 2, scoring="sigmoid", num_groups=3, top_groups=1),
@@ -75,7 +76,7 @@ def test_route(make_ops, reference, spec):
     close(weights, expected_weights)
 
 
-@pytest.mark.parametrize("op, width", [("rms_norm", 300), ("add_rms_norm", 300), ("silu_mul", 300), ("route", 16)])
+@pytest.mark.parametrize("op, width", [("rms_norm", 300), ("add_rms_norm", 300), ("silu_mul", 300), ("route", 16), ("route", 1)])
 def test_rows_do_not_see_each_other(make_ops, batch_invariant, op, width):
     one, two = make_ops(op, 1), make_ops(op, 2)
     x, weight = torch.randn(40, width), torch.rand(width)
@@ -85,7 +86,11 @@ def test_rows_do_not_see_each_other(make_ops, batch_invariant, op, width):
             return ops.rms_norm(rows, weight, 1e-6)
         if op == "add_rms_norm":
             return ops.add_rms_norm(rows, rows.clone(), weight, 1e-6)
-        return ops.silu_mul(rows) if op == "silu_mul" else ops.route(rows, RouteSpec(16, 3))[1]
+        return (
+            ops.silu_mul(rows)
+            if op == "silu_mul"
+            else ops.route(rows, RouteSpec(width, min(width, 3), "sigmoid", renormalize=width > 1))[1]
+        )
 
     whole = call(one, x).clone()
     assert torch.equal(call(two, x), whole)

@@ -18,6 +18,8 @@ from apportion.layers.weights import Shard, TensorSource
 from apportion.quant.scheme import LinearRecord, LinearRecords
 
 PROJECTIONS = ("gate", "up", "down")
+# A sigmoid by the router's operator: torch's own gives a row other bits depending on how many rows there are.
+OPEN = RouteSpec(num_experts=1, top_k=1, scoring="sigmoid", renormalize=False)
 
 
 class MixtureOfExperts(nn.Module):
@@ -49,7 +51,8 @@ class MixtureOfExperts(nn.Module):
             return y
         shared = self.shared.forward(x)
         if self.shared_gate is not None:
-            shared *= self.shared_gate.forward(x).sigmoid_()
+            _, openness = self._route(self.shared_gate.forward(x), OPEN)
+            shared *= openness
         return y.add_(shared)
 
 
