@@ -7,6 +7,7 @@ namespace apportion {
 struct ElementwiseKernels;
 struct ExpertsKernels;
 struct LinearKernels;
+struct SamplingKernels;
 
 namespace attention {
 struct Kernels;
@@ -14,6 +15,7 @@ struct Kernels;
 
 struct KernelTable {
   const char* isa;
+  const SamplingKernels* sampling;
   const attention::Kernels* attention;
   const LinearKernels* linear;
   const ElementwiseKernels* elementwise;

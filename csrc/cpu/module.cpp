@@ -14,6 +14,7 @@ namespace apportion {
 
 // One function per kernel file; each binds its own entries.
 void bind_attention(nb::module_& m);
+void bind_sampling(nb::module_& m);
 void bind_linear(nb::module_& m);
 void bind_bandwidth(nb::module_& m);
 void bind_elementwise(nb::module_& m);
@@ -48,6 +49,7 @@ NB_MODULE(_cpu, m) {
       .def_prop_ro("cores", &ThreadTeam::cores)
       .def_static("run_seconds", &ThreadTeam::run_seconds, "Seconds that callers have spent inside teams since the process began.");
   bind_attention(m);
+  bind_sampling(m);
   bind_linear(m);
   bind_bandwidth(m);
   bind_elementwise(m);

@@ -212,22 +212,32 @@ APPORTION_INLINE void load_fp16_pairs(const uint16_t* p, V& even, V& odd) {
 
 #endif
 
-// Lanes are folded in halves: one order, whatever the compiler.
-APPORTION_INLINE float reduce_add(V a) {
-  float lanes[WIDTH];
-  store(lanes, a);
-  for (int half = WIDTH / 2; half > 0; half /= 2)
-    for (int i = 0; i < half; ++i) lanes[i] += lanes[i + half];
-  return lanes[0];
+// Lanes are folded in halves: one order, whatever the compiler and the set.
+#if defined(__AVX2__)
+APPORTION_INLINE float fold_add(__m128 a) {
+  a = _mm_add_ps(a, _mm_movehl_ps(a, a));
+  return _mm_cvtss_f32(_mm_add_ss(a, _mm_movehdup_ps(a)));
 }
-
+APPORTION_INLINE float fold_max(__m128 a) {
+  a = _mm_max_ps(a, _mm_movehl_ps(a, a));
+  return _mm_cvtss_f32(_mm_max_ss(a, _mm_movehdup_ps(a)));
+}
+APPORTION_INLINE __m128 half_add(__m256 a) { return _mm_add_ps(_mm256_castps256_ps128(a), _mm256_extractf128_ps(a, 1)); }
+APPORTION_INLINE __m128 half_max(__m256 a) { return _mm_max_ps(_mm256_castps256_ps128(a), _mm256_extractf128_ps(a, 1)); }
+#if defined(__AVX512F__)
+APPORTION_INLINE float reduce_add(V a) { return fold_add(half_add(_mm256_add_ps(_mm512_castps512_ps256(a), _mm512_extractf32x8_ps(a, 1)))); }
+APPORTION_INLINE float reduce_max(V a) { return fold_max(half_max(_mm256_max_ps(_mm512_castps512_ps256(a), _mm512_extractf32x8_ps(a, 1)))); }
+#else
+APPORTION_INLINE float reduce_add(V a) { return fold_add(half_add(a)); }
+APPORTION_INLINE float reduce_max(V a) { return fold_max(half_max(a)); }
+#endif
+#else
+APPORTION_INLINE float reduce_add(V a) { return (a[0] + a[2]) + (a[1] + a[3]); }
 APPORTION_INLINE float reduce_max(V a) {
-  float lanes[WIDTH];
-  store(lanes, a);
-  for (int half = WIDTH / 2; half > 0; half /= 2)
-    for (int i = 0; i < half; ++i) lanes[i] = lanes[i] > lanes[i + half] ? lanes[i] : lanes[i + half];
-  return lanes[0];
+  const float even = a[0] > a[2] ? a[0] : a[2], odd = a[1] > a[3] ? a[1] : a[3];
+  return even > odd ? even : odd;
 }
+#endif
 
 // e^x, error below 2 units in the last place; 0 below -87.3, infinity above 88.7, NaN for NaN.
 // Cephes expf: x = n ln 2 + r, |r| <= ln 2 / 2, a polynomial of degree 5 in r.

@@ -8,7 +8,6 @@ from apportion.kernels.cpu import extension
 from apportion.kernels.dispatch import Capability, Implementation
 from apportion.platforms.platform import ComputeShare
 
-LIMITS = ("sample and logprobs run in torch, one row after the other",)
 ROUNDS_ACTIVATIONS = {"amx": ("bfloat16",)}  # matrix tiles multiply bf16 by bf16
 RANKS = {"generic": 10, "avx2": 20, "avx512": 30, "amx": 40}
 
@@ -35,6 +34,6 @@ def implementations() -> list[Implementation]:
         if ENV.isa and isa != ENV.isa:
             unavailable = f"APPORTION_ISA pins '{ENV.isa}'"
         rounds = ROUNDS_ACTIVATIONS.get(isa, ())
-        capability = Capability("cpu", isa, batch_invariant=True, rounds_activations=rounds, limits=LIMITS)
+        capability = Capability("cpu", isa, batch_invariant=True, rounds_activations=rounds)
         found.append(Implementation(f"cpu-{isa}", RANKS[isa], capability, partial(_make, isa), unavailable))
     return found

@@ -11,8 +11,8 @@ from apportion.kernels.cpu.elementwise import Elementwise
 from apportion.kernels.cpu.experts import PackedExperts
 from apportion.kernels.cpu.extension import load
 from apportion.kernels.cpu.linear import PackedLinear
+from apportion.kernels.cpu.sampling import Sampling
 from apportion.kernels.ops import AttentionSpec, ExpertsSpec, LinearSpec
-from apportion.kernels.reference import sampling
 
 
 class CpuOps:
@@ -31,7 +31,8 @@ class CpuOps:
         rows = Elementwise(team)
         self.rms_norm, self.add_rms_norm, self.silu_mul, self.route = rows.rms_norm, rows.add_rms_norm, rows.silu_mul, rows.route
         self.rotate = Rotary(team).rotate
-        self.sample, self.logprobs = sampling.sample, sampling.logprobs  # in torch, as the capability says
+        sampling = Sampling(team)
+        self.sample, self.logprobs = sampling.sample, sampling.logprobs
 
     def linear(self, spec: LinearSpec) -> PackedLinear:
         self._module.select_isa(self.isa)
