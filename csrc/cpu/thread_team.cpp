@@ -53,14 +53,15 @@ struct RunTimer {
   ~RunTimer() { run_ns.fetch_add((std::chrono::steady_clock::now() - start).count(), std::memory_order_relaxed); }
 };
 
-bool pin(int core) {
+bool pin(std::thread& thread, int core) {
 #if defined(__linux__)
+  if (core < 0 || core >= CPU_SETSIZE) return false;
   cpu_set_t set;
   CPU_ZERO(&set);
   CPU_SET(core, &set);
-  return pthread_setaffinity_np(pthread_self(), sizeof(set), &set) == 0;
+  return pthread_setaffinity_np(thread.native_handle(), sizeof(set), &set) == 0;
 #else
-  (void)core;
+  (void)thread, (void)core;
   return true;
 #endif
 }
@@ -88,10 +89,18 @@ ThreadTeam::ThreadTeam(int num_threads, std::vector<int> cores)
   if (num_threads < 1) throw std::invalid_argument("num_threads is " + std::to_string(num_threads) + "; a team needs at least 1.");
   if (!cores_.empty() && int(cores_.size()) < num_threads)
     throw std::invalid_argument("a team of " + std::to_string(num_threads) + " threads got only " + std::to_string(cores_.size()) + " cores.");
-  for (int thread = 1; thread < num_threads; ++thread) workers_.emplace_back([this, thread] { worker(thread); });
+  for (int thread = 1; thread < num_threads; ++thread) {
+    workers_.emplace_back([this, thread] { worker(thread); });
+    if (!cores_.empty() && !pin(workers_.back(), cores_[thread])) {
+      stop();
+      throw std::invalid_argument("a thread cannot be kept on core " + std::to_string(cores_[thread]) + ": this process may not use it.");
+    }
+  }
 }
 
-ThreadTeam::~ThreadTeam() {
+ThreadTeam::~ThreadTeam() { stop(); }
+
+void ThreadTeam::stop() {
   stop_.store(true, std::memory_order_release);
   state_.fetch_add(uint64_t(1) << 32, std::memory_order_seq_cst);
   futex_wake_all(state_);
@@ -150,7 +159,6 @@ bool ThreadTeam::wait_for_work(uint32_t seen) {
 }
 
 void ThreadTeam::worker(int thread) {
-  if (!cores_.empty()) pin(cores_[thread]);
   uint32_t seen = 0;
   while (wait_for_work(seen)) {
     uint64_t state = state_.load(std::memory_order_acquire);

@@ -59,9 +59,10 @@ def test_matches_torch(isa, dtype, n, c):
     weight = torch.randn(n, c, generator=generator) / c**0.5
     bias = torch.randn(n, generator=generator) if n != 105 else None
     linear = packed(weight, dtype, bias)
-    for rows in (1, 2, 3, 5, 8, 13, 16, 17, 31, 33, 40):
-        x = torch.randn(rows, c, generator=generator)
-        torch.testing.assert_close(linear(x).double(), expected(x, weight, dtype, bias, isa), rtol=2e-5, atol=2e-5)
+    x = torch.randn(40, c, generator=generator)
+    y = expected(x, weight, dtype, bias, isa)
+    for rows in (1, 2, 5, 13, 17, 33, 40):
+        torch.testing.assert_close(linear(x[:rows]).double(), y[:rows], rtol=2e-5, atol=2e-5)
 
 
 @pytest.mark.parametrize("dtype", DTYPES)
