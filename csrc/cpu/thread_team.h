@@ -12,7 +12,6 @@ namespace apportion {
 
 // The caller of run() is thread 0 and works too. Each thread walks its own contiguous share of the items in order (so a stream
 // of weights stays a stream, and meets the same core again in the next step), then helps with the shares of the others; every
-// of weights stays a stream, and meets the same core again in the next step), then helps with the shares of the others; every
 // share is handed out by an atomic counter, so any item may run on any thread: results must not depend on who did it. Several
 // teams may live in one process, one per lane. A team runs one piece of work at a time (a second caller waits), but its scratch
 // belongs to one caller: operators are called by the lane's thread alone. An idle worker spins for `SPIN_US`, so that the gaps
