@@ -78,7 +78,7 @@ class OutputProcessor:
         if sequence is None:
             return None  # its caller has gone
         if prompt_logprobs and sequence.prompt_logprobs is not None:
-            self._append_prompt_logprobs(sequence, sequence.prompt_logprobs, prompt_logprobs)
+            sequence.prompt_logprobs += [_by_token(entry, sequence.tokenizer) for entry in prompt_logprobs]  # each position is told once
         if sequence.logprobs is not None:
             for entry in logprobs:
                 sequence.logprobs.append(_by_token(entry, sequence.tokenizer))
@@ -104,15 +104,6 @@ class OutputProcessor:
             if finished:
                 self.forget(s.request for s in group.sequences)
         return told
-
-    @staticmethod
-    def _append_prompt_logprobs(sequence: _Sequence, known: PromptLogprobs, news: list[TokenLogprobs]) -> None:
-        """A prompt that is computed again (after a preemption or a lane's death) tells its positions again: take each once."""
-        request = sequence.request
-        done = request.num_prompt_tokens if request.num_output_tokens or request.is_finished else request.num_computed_tokens
-        first = min(done, request.num_prompt_tokens - 1) - len(news) + 1  # the prompt position that news[0] is about
-        if first >= 1:
-            known += [_by_token(entry, sequence.tokenizer) for entry in news[len(known) - first :]] if first <= len(known) else []
 
 
 def _by_token(entry: TokenLogprobs, tokenizer: Tokenizer | None) -> dict[int, Logprob]:

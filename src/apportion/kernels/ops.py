@@ -127,9 +127,7 @@ class PagedAttention(Protocol):
 
     spec: AttentionSpec
 
-    def plan(
-        self, query_start_loc: Tensor, seq_lens: Tensor, block_table: Tensor, num_requests: int, num_tokens: int
-    ) -> Any:
+    def plan(self, query_start_loc: Tensor, seq_lens: Tensor, block_table: Tensor, num_requests: int, num_tokens: int) -> Any:
         """A handle for `write` and `run`, valid while the tensors live: work items for the team. Once a step."""
 
     def write(
@@ -157,9 +155,7 @@ class LatentAttention(Protocol):
 
     spec: AttentionSpec
 
-    def plan(
-        self, query_start_loc: Tensor, seq_lens: Tensor, block_table: Tensor, num_requests: int, num_tokens: int
-    ) -> Any: ...
+    def plan(self, query_start_loc: Tensor, seq_lens: Tensor, block_table: Tensor, num_requests: int, num_tokens: int) -> Any: ...
 
     def write(self, layer_offset: int, latent: Tensor, handle: Any) -> None:
         """latent [T, head_dim]: normalized latent followed by the rotated shared key."""

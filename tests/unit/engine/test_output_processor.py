@@ -84,24 +84,17 @@ def test_without_logprobs_there_are_none(tokenizer):
     assert completion.logprobs is None and completion.cumulative_logprob is None
 
 
-def test_prompt_logprobs_of_a_prompt_that_is_computed_twice(tokenizer):
-    prompt = list(range(10, 20))
-    rows = {position: TokenLogprobs([prompt[position]], [-float(position)], [1]) for position in range(1, 10)}
+def test_prompt_logprobs_come_chunk_by_chunk(tokenizer):
+    prompt = list(range(10, 16))
+    rows = [TokenLogprobs([token], [-float(token)], [1]) for token in prompt[1:]]
     processor, [request] = start(tokenizer, prompt=prompt, prompt_logprobs=0)
-
-    def chunk(first, last, done):
-        request.num_computed_tokens = done
-        feed(processor, request, [], prompt_logprobs=[rows[p] for p in range(first, last + 1)])
-
-    chunk(1, 4, 4)
-    chunk(5, 6, 6)
-    chunk(1, 5, 5)  # preempted, and computed again in other chunks
-    chunk(6, 8, 8)
-    feed(processor, request, [3], prompt_logprobs=[rows[9]])
-    chunk(1, 9, 10)  # preempted once more while decoding
+    feed(processor, request, [], prompt_logprobs=rows[:3])
+    feed(processor, request, [3], prompt_logprobs=rows[3:])
     [output] = processor.outputs([RequestUpdate(request)])
     assert output.prompt_logprobs[0] is None
-    assert [entry[prompt[i]].logprob for i, entry in enumerate(output.prompt_logprobs) if entry] == [-float(p) for p in range(1, 10)]
+    assert [entry[token].logprob for token, entry in zip(prompt[1:], output.prompt_logprobs[1:], strict=True)] == [
+        -float(t) for t in prompt[1:]
+    ]
 
 
 def test_a_group_is_finished_with_its_last_sequence(tokenizer):
