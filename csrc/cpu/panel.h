@@ -55,7 +55,8 @@ struct Slice {
   int columns;               // of y that exist
   const float* start;        // bias [32], or null: zero; unused when `resume`
   bool resume;               // y holds the sums so far
-  int64_t ahead;             // bytes ahead of the weights to prefetch, 0 for none
+  const std::byte* ahead;    // weights to prefetch meanwhile, or null
+  int64_t ahead_bytes;       // of them for each step of LANES channels: 64 or 128
 };
 
 // R rows x VECTORS vectors of accumulators from column `column` on.
@@ -83,10 +84,12 @@ static inline void multiply_rows(const Slice& s, int column) {
     weights += PANEL * 4;
   };
   int64_t k = 0;
-  if (s.ahead != 0 && column == 0) {
+  if (s.ahead != nullptr && column == 0) {
+    const std::byte* ahead = s.ahead;
     for (; k + LANES <= s.C; k += LANES) {
-      prefetch(weights + s.ahead);
-      prefetch(weights + s.ahead + 64);
+      prefetch(ahead);
+      prefetch(ahead + s.ahead_bytes - 64);
+      ahead += s.ahead_bytes;
       step(k, LANES);
     }
   } else {
@@ -112,7 +115,7 @@ static inline void multiply_up_to(const Slice& s, int rows) {
   for (int column = 0; column < s.columns; column += VECTORS * WIDTH) multiply_rows<Format, R, VECTORS>(s, column);
 }
 
-// Channels k .. k + n of a panel as float32 [n][32], prefetching as far ahead.
+// Channels k .. k + n of a panel as float32 [n][32].
 template <class Format>
 static inline void unpack(const std::byte* weights, int64_t n, float* out) {
   constexpr int LANES = Format::LANES;
@@ -137,18 +140,20 @@ static void multiply_panel_vectors(const PackedMatrix& w, int64_t p, const float
   const int columns = w.columns(p);
   const int64_t C = w.C;
   if (rows <= DIRECT_ROWS) {
-    const Slice all = {panel, C, x, x_stride, y, y_stride, columns, bias, false, PREFETCH_BYTES};
+    const Slice all = {panel, C, x, x_stride, y, y_stride, columns, bias, false, panel + PREFETCH_BYTES, 128};
     return multiply_up_to<Format, DIRECT_ROWS, PANEL_VECTORS>(all, int(rows));
   }
   constexpr bool UNPACK = Format::LANES != 1;
+  const int64_t height = ceil_div(rows, ceil_div(rows, BLOCK_ROWS));  // blocks of one height: 16 rows are 8 and 8, not 12 and 4
   for (int64_t k = 0; k < C; k += K_BLOCK) {
     const int64_t n = smaller(K_BLOCK, C - k);
     const std::byte* block = panel + k * PANEL * (4 / Format::LANES);
+    const std::byte* next = block + K_BLOCK * PANEL * (4 / Format::LANES);  // fetched while the first rows meet this block
     if constexpr (UNPACK) unpack<Format>(block, n, scratch);
     const std::byte* weights = UNPACK ? reinterpret_cast<const std::byte*>(scratch) : block;
-    for (int64_t row = 0; row < rows; row += BLOCK_ROWS) {
-      const Slice slice = {weights, n, x + row * x_stride + k, x_stride, y + row * y_stride, y_stride, columns, bias, k > 0, 0};
-      multiply_up_to<Fp32, BLOCK_ROWS, BLOCK_VECTORS>(slice, int(smaller(BLOCK_ROWS, rows - row)));
+    for (int64_t row = 0; row < rows; row += height) {
+      const Slice slice = {weights, n, x + row * x_stride + k, x_stride, y + row * y_stride, y_stride, columns, bias, k > 0, row == 0 ? next : nullptr, PANEL * (4 / Format::LANES)};
+      multiply_up_to<Fp32, BLOCK_ROWS, BLOCK_VECTORS>(slice, int(smaller(height, rows - row)));
     }
   }
 }
