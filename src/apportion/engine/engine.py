@@ -76,8 +76,7 @@ class Engine:
         self._share_policy = share_policy or RoundRobin()
         self._output_processor = output_processor
         self._clock = clock
-        self._updates: list[RequestUpdate] = []  # of aborts and deaths, for the next step to return
-        self._kept: list[RequestUpdate] = []  # already processed, found while waiting for a model to end
+        self._updates: list[RequestUpdate] = []  # for `step` to return
         self._death: ExecutorDied | None = None
         try:
             for config in lanes:
@@ -97,8 +96,6 @@ class Engine:
             if sum([self._guarded(lane, self._collect, slice_s) for lane in busy if lane in self.lanes]):
                 break
         updates, self._updates = self._updates, []
-        self._process(updates)
-        updates, self._kept = self._kept + updates, []
         if not self.has_unfinished:
             self._check_conservation()
         return updates
@@ -123,7 +120,7 @@ class Engine:
     @property
     def has_unfinished(self) -> bool:
         """Whether `step` has anything left to do or to tell."""
-        return bool(self._updates or self._kept) or any(m.scheduler.has_unfinished for m in self.models.values())
+        return bool(self._updates) or any(m.scheduler.has_unfinished for m in self.models.values())
 
     def add_model(self, config: ModelConfig, spec: ModelSpec, kv_groups: Sequence[KVGroupSpec], version: str = "") -> EngineModel:
         """Load a model on every lane that serves it. version: names the weights for the prefix cache.
@@ -161,13 +158,15 @@ class Engine:
         model = self.models[name]
         for request in model.scheduler.unfinished:
             self.abort(request.request_id)
+        news: list[RequestUpdate] = []
         while model.scheduler.has_in_flight:
-            self._kept = self.step()
-        for lane in self.lanes:
+            news += self.step()
+        self._updates = news + self._updates
+        del self.models[name]  # a lane that dies from here on does not load it again
+        for lane in list(self.lanes):
             if lane.serves(name):
                 self._guarded(lane, lambda lane: lane.executor.unload_model(name))
-        model.scheduler.kv.close()
-        del self.models[name]
+        model.scheduler.close()
 
     def set_quota(self, model: str, limit_bytes: int | None) -> None:
         """The most KV bytes `model` may hold from now on. What it holds beyond is reclaimed; the rest comes back as its requests finish."""
@@ -211,7 +210,9 @@ class Engine:
     def _collect(self, lane: Lane, timeout_s: float) -> int:
         ended = lane.poll(timeout_s)
         for scheduler, step, output in ended:
-            self._updates += scheduler.update(step, output)
+            updates = scheduler.update(step, output)
+            self._process(updates)  # before the next step that has ended: a request that its text ends takes no more tokens
+            self._updates += updates
         return len(ended)
 
     def _process(self, updates: list[RequestUpdate]) -> None:

@@ -221,6 +221,11 @@ class Scheduler:
                 self._preempt(request)
         return updates
 
+    def close(self) -> None:
+        """Leave the arena: no request and no step is left, so moves that no step has done need not be."""
+        self.kv.ended(self._moves.drains)
+        self.kv.close()
+
     def refresh_metrics(self) -> EngineMetrics:
         self.metrics.num_requests_running = len(self.running)
         self.metrics.num_requests_waiting = len(self.waiting)
@@ -348,8 +353,7 @@ class Scheduler:
             request.token_ids.append(token)
             self.metrics.generation_tokens += 1
             if token in request.stop_ids and request.num_output_tokens >= request.sampling_params.min_tokens:
-                named = token in (request.sampling_params.stop_token_ids or ())
-                self.finish(request, "stop", token if named else None)
+                self.finish(request, "stop", token if token in (request.sampling_params.stop_token_ids or ()) else None)
             elif len(request.token_ids) >= request.max_total_tokens:
                 self.finish(request, "length")
             else:
