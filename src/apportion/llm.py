@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from difflib import get_close_matches
 from itertools import count
 from pathlib import Path
@@ -169,14 +169,15 @@ class LLM:
             raise InvalidRequest("this LLM is in the middle of another call; finish or close that one first")
         params = _one_each("sampling_params", sampling_params, len(prompts)) if _is_list(sampling_params) else None
         ranks = _one_each("priority", priority, len(prompts)) if priority is not None else None
-        if self.config.scheduler.policy != "priority" and (ranks is not None or any(p.priority for p in params or [])):
-            raise InvalidParameter('priority needs scheduling_policy="priority"')
+        ordered = self.config.scheduler.policy == "priority"
         added: dict[str, list[Request]] = {}
         try:
             for i, prompt in enumerate(prompts):
                 own = params[i] if params else sampling_params or self.get_default_sampling_params()
                 if not isinstance(own, SamplingParams):
                     raise InvalidParameter(f"sampling_params must be SamplingParams, got {type(own).__name__}")
+                if not ordered and (ranks or own.priority):
+                    raise InvalidParameter('priority needs scheduling_policy="priority"')
                 text, content = _text_and_content(prompt)
                 request_id = str(next(self._request_ids))
                 requests = self._inputs.make_requests(
@@ -271,6 +272,8 @@ def _prompt_list(prompts: Prompt | Sequence[Prompt]) -> list[Prompt]:
     """One prompt or many; a flat list of integers is one."""
     if isinstance(prompts, str | Mapping):
         return [prompts]
+    if isinstance(prompts, bytes) or not isinstance(prompts, Iterable):
+        raise InvalidRequest(f"prompts are text, token ids, mappings or a list of these, got {type(prompts).__name__}")
     listed: list[Any] = list(prompts)
     if listed and all(isinstance(p, int) for p in listed):
         return [listed]
@@ -287,6 +290,6 @@ def _text_and_content(prompt: Prompt) -> tuple[str | None, str | Sequence[int]]:
         if isinstance(prompt.get("prompt"), str):
             return prompt["prompt"], prompt["prompt"]
         raise InvalidRequest(f"a prompt mapping needs 'prompt' or 'prompt_token_ids', got {', '.join(map(repr, prompt)) or 'nothing'}")
-    if not isinstance(prompt, Sequence):
+    if isinstance(prompt, bytes) or not isinstance(prompt, Sequence):
         raise InvalidRequest(f"a prompt is text, token ids or a mapping, got {type(prompt).__name__}")
     return None, prompt

@@ -20,6 +20,16 @@ def _positive(name: str, value: int | None) -> None:
         raise InvalidParameter(f"{name} must be a positive integer, got {value!r}")
 
 
+def _switch(name: str, value: bool) -> None:
+    if not isinstance(value, bool):
+        raise InvalidParameter(f"{name} must be True or False, got {value!r}")
+
+
+def _natural(name: str, value: int) -> None:
+    if not isinstance(value, int) or isinstance(value, bool) or value < 0:
+        raise InvalidParameter(f"{name} must be an integer of at least 0, got {value!r}")
+
+
 @dataclass(frozen=True, slots=True, kw_only=True)
 class ModelConfig:
     """What to load. name: how requests call it. dtype: 'auto' takes the checkpoint's (float32 stays float32)."""
@@ -43,6 +53,7 @@ class ModelConfig:
         if self.load_format not in ("auto", "dummy"):
             raise InvalidParameter(f"unknown load_format {self.load_format!r}; known: auto, dummy")
         _positive("max_model_len", self.max_model_len)
+        _natural("seed", self.seed)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -58,6 +69,7 @@ class CacheConfig:
         if self.block_size not in (32, 64, 128):
             raise InvalidParameter(f"block_size must be 32, 64 or 128, got {self.block_size}")
         _positive("kv_cache_memory", self.kv_cache_memory)
+        _switch("enable_prefix_caching", self.enable_prefix_caching)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -73,6 +85,8 @@ class SchedulerConfig:
     def __post_init__(self) -> None:
         _positive("max_num_seqs", self.max_num_seqs)
         _positive("max_num_batched_tokens", self.max_num_batched_tokens)
+        _natural("long_prefill_token_threshold", self.long_prefill_token_threshold)
+        _switch("enable_chunked_prefill", self.enable_chunked_prefill)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -128,6 +142,9 @@ class EngineConfig:
             raise InvalidParameter(f"unknown device {self.device!r}; known: auto, cpu")
         if len({m.name for m in self.models}) != len(self.models):
             raise InvalidParameter("two models have the same name; give each its own")
+        _natural("seed", self.seed)
+        if not isinstance(self.lanes, tuple | list) or any(not isinstance(lane, LaneConfig) for lane in self.lanes):
+            raise InvalidParameter(f"lanes must be a list of LaneConfig, got {self.lanes!r}")
         if not self.lanes:
             raise InvalidParameter("an engine needs at least one lane")
         if len({lane.name for lane in self.lanes}) != len(self.lanes):

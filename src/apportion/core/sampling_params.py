@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
 from apportion.core.errors import InvalidParameter
 
 MAX_SEED = 2**63 - 1
+_SWITCHES = ("include_stop_str_in_output", "ignore_eos", "detokenize", "skip_special_tokens", "spaces_between_special_tokens")
 
 
 @dataclass(slots=True, kw_only=True)
@@ -59,12 +60,13 @@ class SamplingParams:
         return object.__new__(cls)
 
     def __post_init__(self) -> None:
-        if isinstance(self.stop, str):
-            self.stop = [self.stop]
-        self.stop = list(self.stop or ())
-        self.stop_token_ids = list(self.stop_token_ids or ())
-        if self.bad_words is not None:
-            self.bad_words = list(self.bad_words)
+        self.stop = _listed("stop", [self.stop] if isinstance(self.stop, str) else self.stop or ())
+        self.stop_token_ids = _listed("stop_token_ids", self.stop_token_ids or ())
+        for name in ("allowed_token_ids", "bad_words"):
+            if (value := getattr(self, name)) is not None:
+                setattr(self, name, _listed(name, value))
+        if self.logit_bias is not None and not isinstance(self.logit_bias, Mapping):
+            raise InvalidParameter(f"logit_bias must map token ids to numbers, got {self.logit_bias!r}")
         if self.top_k == -1:
             self.top_k = 0
         self._check()
@@ -80,6 +82,10 @@ class SamplingParams:
         _number("presence_penalty", self.presence_penalty, -2.0, 2.0)
         _number("frequency_penalty", self.frequency_penalty, -2.0, 2.0)
         _number("repetition_penalty", self.repetition_penalty, 0.0, math.inf, open_low=True)
+        for name in _SWITCHES:
+            if not isinstance(getattr(self, name), bool):
+                raise InvalidParameter(f"{name} must be True or False, got {getattr(self, name)!r}")
+        _integer("priority", self.priority, -(2**31), 2**31 - 1)
         _integer("n", self.n, 1, 1024)
         _integer("top_k", self.top_k, 0, 2**31 - 1)
         _integer("min_tokens", self.min_tokens, 0, 2**31 - 1)
@@ -107,11 +113,17 @@ class SamplingParams:
         if self.allowed_token_ids is not None and not self.allowed_token_ids:
             raise InvalidParameter("allowed_token_ids is empty: no token could be sampled")
         for token, bias in (self.logit_bias or {}).items():
-            if not isinstance(token, int) or token < 0:
+            if not isinstance(token, int) or isinstance(token, bool) or token < 0:
                 raise InvalidParameter(f"logit_bias has the key {token!r}: keys are token ids")
             _number(f"logit_bias[{token}]", bias, -100.0, 100.0)
         if any(not isinstance(w, str) or not w for w in self.bad_words or ()):
             raise InvalidParameter("bad_words must be non-empty strings")
+
+
+def _listed(name: str, value: object) -> list[Any]:
+    if isinstance(value, (str, bytes, Mapping)) or not isinstance(value, Iterable):
+        raise InvalidParameter(f"{name} must be a list, got {value!r}")
+    return list(value)
 
 
 def _number(name: str, value: object, low: float, high: float, *, open_low: bool = False) -> None:

@@ -73,5 +73,7 @@ def build_engine(blueprint: Blueprint, output_processor: OutputProcessor | None 
 def _read(model: ModelConfig) -> tuple[ModelConfig, ModelSpec]:
     if model.quantization is not None:
         raise InvalidParameter(f"quantization {model.quantization!r} is not known to this build")
+    if model.revision is not None and Path(model.model).expanduser().is_dir():
+        raise InvalidParameter(f"revision {model.revision!r} chooses among those of a hub model, and {model.model} is a folder")
     folder = resolve_folder(model.model, model.revision)
     return replace(model, model=str(folder)), read_spec(Path(folder))

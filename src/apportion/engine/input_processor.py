@@ -5,6 +5,7 @@ from __future__ import annotations
 import random
 from collections.abc import Iterable, Sequence
 from dataclasses import replace
+from numbers import Integral
 
 from apportion.core.errors import InvalidParameter, InvalidRequest
 from apportion.core.model_spec import ModelSpec
@@ -58,11 +59,11 @@ class InputProcessor:
                 raise InvalidRequest(f"model {self.model!r} has no tokenizer: give prompt_token_ids")
             return self.tokenizer.encode(prompt, add_special_tokens)
         for position, token in enumerate(prompt):
-            if not isinstance(token, int) or isinstance(token, bool):
+            if not isinstance(token, Integral) or isinstance(token, bool):  # also numpy's
                 raise InvalidRequest(f"prompt token {position} is {token!r}; token ids are integers")
             if not 0 <= token < self.spec.vocab:
                 raise InvalidRequest(f"prompt token {position} is {token}, outside the vocabulary of {self.spec.vocab} tokens")
-        return list(prompt)
+        return [int(token) for token in prompt]
 
     def _truncate(self, token_ids: list[int], limit: int | None) -> list[int]:
         if limit is None:

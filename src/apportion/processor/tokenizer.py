@@ -86,7 +86,10 @@ class Tokenizer:
         return ChatTemplate(source, {name: value for name, value in specials.items() if value is not None})
 
     def encode(self, text: str, add_special_tokens: bool = True) -> list[int]:
-        ids: list[int] = self.backend.encode(text, add_special_tokens=add_special_tokens).ids
+        try:
+            ids: list[int] = self.backend.encode(text, add_special_tokens=add_special_tokens).ids
+        except TypeError as error:
+            raise InvalidRequest(f"the text holds half a surrogate pair and cannot be encoded: {text[:40]!a}") from error
         return ids
 
     def decode(self, token_ids: Sequence[int], skip_special_tokens: bool = True) -> str:

@@ -6,6 +6,7 @@ import json
 import math
 import shutil
 
+import numpy as np
 import pytest
 
 from apportion import LLM, SamplingParams
@@ -32,7 +33,7 @@ def unfinished(llm):
 
 def test_every_form_of_a_prompt_gives_the_same(llm):
     ids = llm.get_tokenizer().encode(PROMPT)
-    forms = [PROMPT, ids, {"prompt": PROMPT}, {"prompt_token_ids": ids}]
+    forms = [PROMPT, ids, {"prompt": PROMPT}, {"prompt_token_ids": np.array(ids)}]
     outputs = [llm.generate(form, GREEDY) for form in forms] + [llm.generate([form], GREEDY) for form in forms]
     assert {tuple(o.outputs[0].token_ids) for [o] in outputs} == {tuple(outputs[0][0].outputs[0].token_ids)}
     assert all(o.prompt_token_ids == ids for [o] in outputs)
@@ -142,6 +143,8 @@ def test_chat_is_generate_on_the_rendered_prompt(llm):
         ([5000], "outside the vocabulary of 4096"),
         ({"text": "a"}, "needs 'prompt' or 'prompt_token_ids', got 'text'"),
         (3.5, "a prompt is text, token ids or a mapping, got float"),
+        (b"abc", "a prompt is text, token ids or a mapping, got bytes"),
+        ("a\ud800b", r"half a surrogate pair and cannot be encoded: 'a\\ud800b'"),
     ],
 )
 def test_one_bad_prompt_refuses_the_call_and_leaves_nothing_behind(llm, prompt, said):
@@ -158,6 +161,11 @@ def test_parameters_are_one_or_one_each(llm):
         llm.generate(PROMPT, {"temperature": 0})
     with pytest.raises(InvalidParameter, match="priority needs scheduling_policy"):
         llm.generate([PROMPT], GREEDY, priority=[1])
+    with pytest.raises(InvalidParameter, match="priority needs scheduling_policy"):
+        llm.generate(PROMPT, SamplingParams(priority=1))
+    for prompts in (None, 5, b"abc"):
+        with pytest.raises(InvalidRequest, match=f"or a list of these, got {type(prompts).__name__}"):
+            llm.generate(prompts, GREEDY)
 
 
 def test_one_call_at_a_time(llm):
@@ -180,6 +188,11 @@ def test_one_call_at_a_time(llm):
         ({"device": "tpu"}, "unknown device 'tpu'"),
         ({"scheduling_policy": "lottery"}, "lottery"),
         ({"quantization": "awq"}, "quantization 'awq' is not known"),
+        ({"enable_prefix_caching": "no"}, "enable_prefix_caching must be True or False, got 'no'"),
+        ({"long_prefill_token_threshold": -3}, "long_prefill_token_threshold must be an integer of at least 0"),
+        ({"seed": "x"}, "seed must be an integer of at least 0, got 'x'"),
+        ({"lanes": 3}, "lanes must be a list of LaneConfig, got 3"),
+        ({"revision": "main"}, "revision 'main' chooses among those of a hub model"),
     ],
 )
 def test_engine_parameters_that_make_no_sense(keywords, said):
