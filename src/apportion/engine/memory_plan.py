@@ -23,12 +23,14 @@ SHORTEST = 16  # tokens: a max_model_len below this is no answer
 
 @dataclass(frozen=True, slots=True)
 class ModelMemory:
-    """One model. weights, activations: bytes over all ranks. sequence_kv: bytes of KV for one sequence of max_model_len."""
+    """One model. weights: bytes over all ranks; activations, rotary (the table of max_model_len positions): over all ranks of all lanes.
+    sequence_kv: bytes of KV for one sequence of max_model_len."""
 
     name: str
     max_model_len: int
     weights: int
     activations: int
+    rotary: int
     sequence_kv: int
 
 
@@ -50,15 +52,19 @@ class MemoryPlan:
         return sum(model.activations for model in self.models)
 
     @property
+    def rotary(self) -> int:
+        return sum(model.rotary for model in self.models)
+
+    @property
     def total(self) -> int:
-        return self.weights + self.activations + self.kv_cache + self.fixed
+        return self.weights + self.activations + self.rotary + self.kv_cache + self.fixed
 
     def rows(self) -> list[tuple[str, int]]:
         """The plan as a table: what, and how many bytes."""
         named = len(self.models) > 1
         weights = [(f"weights of {m.name}" if named else "weights", m.weights) for m in self.models]
-        parts = [*weights, ("KV cache", self.kv_cache), ("activations", self.activations), ("runtime", self.fixed)]
-        return [*parts, ("total", self.total), ("free", self.free)]
+        parts = [*weights, ("KV cache", self.kv_cache), ("activations", self.activations), ("rotary tables", self.rotary)]
+        return [*parts, ("runtime", self.fixed), ("total", self.total), ("free", self.free)]
 
 
 def plan_memory(models: Sequence[tuple[ModelConfig, ModelSpec]], config: EngineConfig, free: int) -> MemoryPlan:
@@ -72,24 +78,32 @@ def plan_memory(models: Sequence[tuple[ModelConfig, ModelSpec]], config: EngineC
     named = config.cache.kv_cache_memory
     slab = _slab_bytes(models, config, named or free)
     needs = [_model_memory(model, spec, config, slab) for model, spec in models]
-    fixed = FIXED_BYTES * config.parallel.tensor_parallel_size
-    weights = sum(m.weights for m in needs)
-    taken = weights + sum(m.activations for m in needs) + fixed
-    if taken >= free:
-        to_run = format_bytes(taken - weights)
+    fixed = FIXED_BYTES * max(1, sum(lane.executor != "uniproc" for lane in config.lanes) * config.parallel.tensor_parallel_size)
+
+    def taken() -> int:
+        return sum(m.weights + m.activations + m.rotary for m in needs) + fixed
+
+    def room() -> int:
+        return named or int((free - taken()) * LARGEST_SHARE)
+
+    if taken() >= free:
+        weights = sum(m.weights for m in needs)
+        to_run = format_bytes(taken() - weights)
         raise OutOfMemory(f"weights of {format_bytes(weights)} and {to_run} to run them do not fit: {format_bytes(free)} are free")
-    remaining = free - taken
-    if named is not None and named > remaining:
-        raise OutOfMemory(f"kv_cache_memory of {format_bytes(named)} does not fit: beside the weights {format_bytes(remaining)} are free")
-    room = named or int(remaining * LARGEST_SHARE)
+    if named is not None and named > free - taken():
+        beside = format_bytes(free - taken())
+        raise OutOfMemory(f"kv_cache_memory of {format_bytes(named)} does not fit: beside the weights {beside} are free")
     for i, (model, spec) in enumerate(models):
-        if needs[i].sequence_kv > room:
-            fits = _largest_that_fits(model, spec, config, room, slab)
-            if model.max_model_len is not None or fits < SHORTEST:
-                raise OutOfMemory(_too_long(needs[i], room, "kv_cache_memory gives" if named else "memory leaves", fits))
+        wanted, had, fits = needs[i], room(), 0
+        if wanted.sequence_kv <= had:
+            continue
+        while (longer := _largest_that_fits(model, spec, config, room(), slab)) > fits:  # a shorter rotary table leaves more room
+            fits = longer
             needs[i] = _model_memory(replace(model, max_model_len=fits), spec, config, slab)
+        if model.max_model_len is not None or fits < SHORTEST:
+            raise OutOfMemory(_too_long(wanted, had, "kv_cache_memory gives" if named else "memory leaves", fits))
     useful = sum(m.sequence_kv for m in needs) * config.scheduler.max_num_seqs
-    unnamed = max(max(m.sequence_kv for m in needs), min(useful, int(remaining * DEFAULT_SHARE)))
+    unnamed = max(max(m.sequence_kv for m in needs), min(useful, int((free - taken()) * DEFAULT_SHARE)))
     return MemoryPlan(tuple(needs), fixed, named or unnamed, free)
 
 
@@ -128,11 +142,13 @@ def _model_memory(model: ModelConfig, spec: ModelSpec, config: EngineConfig, sla
     tp_size, scheduler = config.parallel.tensor_parallel_size, config.scheduler
     max_model_len = resolve_max_model_len(model, spec)
     step_tokens = min(scheduler.max_num_batched_tokens, max_model_len * scheduler.max_num_seqs)
+    num_workers = tp_size * sum(not lane.models or model.name in lane.models for lane in config.lanes)
     return ModelMemory(
         name=model.name,
         max_model_len=max_model_len,
         weights=spec.weight_bytes(model.dtype, tp_size) * tp_size,
-        activations=spec.activation_bytes(step_tokens, min(scheduler.max_num_seqs, step_tokens), tp_size) * tp_size,
+        activations=spec.activation_bytes(step_tokens, min(scheduler.max_num_seqs, step_tokens), tp_size) * num_workers,
+        rotary=spec.rope.rotary_dim * max_model_len * 4 * num_workers,
         sequence_kv=sequence_kv_bytes(kv_groups(model, spec, config), max_model_len, step_tokens, slab_bytes) * tp_size,
     )
 

@@ -7,7 +7,7 @@ from dataclasses import replace
 
 import pytest
 
-from apportion.core.config import CacheConfig, EngineConfig, ModelConfig, SchedulerConfig
+from apportion.core.config import CacheConfig, EngineConfig, LaneConfig, ModelConfig, ParallelConfig, SchedulerConfig
 from apportion.core.errors import InvalidParameter, OutOfMemory
 from apportion.core.model_spec import ModelSpec, RopeSpec
 from apportion.engine.memory_plan import largest_model_len, plan_memory, sequence_kv_bytes
@@ -44,10 +44,25 @@ def test_a_small_model_takes_no_more_than_it_can_use():
 
 def test_a_large_model_takes_half_of_what_is_left_or_one_sequence():
     memory = plan(LARGE, 100 * GIB, max_model_len=131072)
-    left = 100 * GIB - memory.weights - memory.activations - memory.fixed
+    left = 100 * GIB - memory.weights - memory.activations - memory.rotary - memory.fixed
     assert memory.kv_cache == left // 2
-    tight = plan(LARGE, memory.weights + memory.activations + memory.fixed + int(memory.models[0].sequence_kv / 0.85), max_model_len=131072)
+    tight = plan(LARGE, 100 * GIB - left + int(memory.models[0].sequence_kv / 0.85), max_model_len=131072)
     assert tight.kv_cache == tight.models[0].sequence_kv
+
+
+def test_every_worker_has_buffers_and_rotary_tables_of_its_own():
+    def planned(*lanes, size=1):
+        config = ModelConfig(model="m")
+        parallel = ParallelConfig(tensor_parallel_size=size)
+        return plan_memory([(config, SMALL)], EngineConfig(models=(config,), lanes=lanes, parallel=parallel), 16 * GIB)
+
+    one = planned(LaneConfig())
+    assert one.rotary == 2048 * 64 * 4
+    two = planned(LaneConfig(name="a"), LaneConfig(name="b"))
+    assert (two.weights, two.activations, two.rotary, two.fixed) == (one.weights, 2 * one.activations, 2 * one.rotary, one.fixed)
+    ranks = planned(LaneConfig(executor="multiproc"), size=2)
+    assert (ranks.rotary, ranks.fixed) == (2 * one.rotary, 2 * one.fixed)
+    assert planned(LaneConfig(), LaneConfig(name="other", models=("other",))).rotary == one.rotary
 
 
 def test_weights_that_do_not_fit():
