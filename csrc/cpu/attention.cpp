@@ -66,19 +66,24 @@ void PagedAttention::plan(Plan& plan, int num_requests) const {
   const std::vector<Tile> tiles = cut_tiles(shape_, plan, num_requests, total);
   plan.run_work = total * (shape_.head_dim + shape_.v_head_dim);
   const int64_t target = std::max<int64_t>(1, total / (ITEMS_PER_THREAD * team_.num_threads()));
+  int64_t units = 0;  // what could be dealt at most, per kv head
+  for (const Tile& tile : tiles) units += tile.last_partition - tile.first_partition;
+  // As many kv heads as fit in an item, but not so many that a short step leaves a thread without work.
+  const int64_t groups = std::max<int64_t>(1, 2 * team_.num_threads() / std::max<int64_t>(1, units));
+  const int most = int((shape_.num_kv_heads + groups - 1) / groups);
+  // Tiles of one request that fill an item each walk the same K and V: those of one head follow one another.
   for (int head = 0; head < shape_.num_kv_heads; ++head) {
     for (const Tile& tile : tiles) {
-      const int parts = tile.last_partition - tile.first_partition;
-      const int pieces = int(std::min<int64_t>(parts, (tile.cost + target - 1) / target));
-      if (pieces <= 1 || team_.num_threads() == 1) {
-        plan.items.push_back({tile.request, head, tile.first_row, tile.num_rows, tile.first_partition, tile.last_partition, -1});
-        continue;
-      }
+      const int heads = std::clamp(ROWS / tile.num_rows, 1, most);
+      if (head % heads) continue;
+      const int taken = std::min(heads, shape_.num_kv_heads - head), parts = tile.last_partition - tile.first_partition;
+      const int pieces = team_.num_threads() == 1 ? 1 : int(std::min<int64_t>(parts, (tile.cost * taken + target - 1) / target));
       for (int i = 0; i < pieces; ++i)
-        plan.items.push_back({tile.request, head, tile.first_row, tile.num_rows, tile.first_partition + parts * i / pieces,
-                              tile.first_partition + parts * (i + 1) / pieces, int(plan.merges.size())});
+        plan.items.push_back({tile.request, head, taken, tile.first_row, tile.num_rows, tile.first_partition + parts * i / pieces,
+                              tile.first_partition + parts * (i + 1) / pieces, pieces > 1 ? int(plan.merges.size()) : -1});
+      if (pieces == 1) continue;
       plan.merges.push_back({pieces, tile.first_partition, parts, plan.workspace_floats});
-      plan.workspace_floats += int64_t(parts) * tile.num_rows * partial_floats(shape_);
+      plan.workspace_floats += int64_t(parts) * plan.items.back().rows() * partial_floats(shape_);
     }
   }
   for (const Merge& merge : plan.merges) plan.pending.push_back(merge.items);

@@ -56,10 +56,13 @@ struct WriteItem {
   int64_t block_bytes;
 };
 
-// A tile, a kv head and a range of partitions.
+// A tile, kv heads and a range of partitions. Small tiles (decode) take several kv heads, which lie next to one another in a block:
+// memory is read faster in long pieces.
 struct Item {
-  int request, kv_head, first_row, num_rows, first_partition, last_partition;
+  int request, kv_head, num_heads, first_row, num_rows, first_partition, last_partition;
   int merge;  // index of the Merge that gathers its partitions, -1: the item is a whole tile and writes the output itself
+
+  int rows() const { return num_heads * num_rows; }  // head by head; at most ROWS
 };
 
 // A tile whose partitions were dealt to several items. The item that ends last merges them, in order.

@@ -3,10 +3,12 @@
 // The dword layout needs no horizontal sums: scores of WIDTH tokens accumulate down the channel rows of K with q broadcast,
 // outputs accumulate down the token rows of V with p broadcast.
 #include <algorithm>
+#include <type_traits>
 
 #include "attention.h"
 #include "attention_formats.h"
 #include "attention_rows.h"
+#include "attention_tiles.h"
 #include "kernel_table.h"
 #include "rope.h"
 
@@ -39,7 +41,7 @@ APPORTION_INLINE void score_block(const float* q, int q_stride, const uint32_t* 
     V key[N][F::LANES];
     for (int v = 0; v < N; ++v) {
       F::unpack(k[v] + row * k_stride, key[v]);
-      if constexpr (FETCH) __builtin_prefetch(next[v] + row * k_stride);
+      if constexpr (FETCH) fetch_line(next[v] + row * k_stride);
     }
     for (int j = 0; j < F::LANES; ++j)
       for (int r = 0; r < M; ++r) {
@@ -79,7 +81,7 @@ APPORTION_INLINE void mix_block(const float* p, const Chunk& chunk, const Chunk&
       else
         for (int c = 0; c < N; ++c) F::unpack(v + c * WIDTH, value[c]);
       if constexpr (FETCH)
-        for (int c = 0; c < N; ++c) __builtin_prefetch(ahead + c * WIDTH);
+        for (int c = 0; c < N; ++c) fetch_line(ahead + c * WIDTH);
       for (int j = 0; j < F::LANES; ++j)
         for (int r = 0; r < M; ++r) {
           const V x = set1(p[r * CHUNK + s * SUB + row * F::LANES + j]);
@@ -145,13 +147,16 @@ APPORTION_INLINE void in_blocks(int rows, const Function& f) {
 template <typename F, bool LATENT>
 struct VectorProducts {
   static constexpr int LANES = F::LANES;
+  static constexpr int UNIT = SUB;
 
   static void prepare(Tile&) {}
+  static void finish() {}
   APPORTION_INLINE void put(Tile& tile, int row, int vector, V p) { store(tile.scores + row * CHUNK + vector * WIDTH, p); }
 
-  static void score(const Tile& tile, const Chunk& chunk, const Chunk& next) {
+  static void score(const Tile& tile, int first, int rows, const Chunk& chunk, const Chunk& next) {
     const Shape& shape = *tile.shape;
-    in_blocks(tile.rows, [&]<int M, bool FETCH>(int row) {
+    in_blocks(rows, [&]<int M, bool FETCH>(int row) {
+      row += first;
       const float* q = tile.q + row * tile.q_stride;
       float* scores = tile.scores + row * CHUNK;
       if constexpr (LATENT) score_latent<F, M>(q, tile.q_stride, chunk, shape.head_dim, scores);
@@ -159,9 +164,10 @@ struct VectorProducts {
     });
   }
 
-  static void mix(const Tile& tile, const Chunk& chunk, const Chunk& next) {
+  static void mix(const Tile& tile, int first, int rows, const Chunk& chunk, const Chunk& next) {
     const Shape& shape = *tile.shape;
-    in_blocks(tile.rows, [&]<int M, bool FETCH>(int row) {
+    in_blocks(rows, [&]<int M, bool FETCH>(int row) {
+      row += first;
       mix_rows<F, M, FETCH>(tile.scores + row * CHUNK, chunk, next, shape.v_head_dim, shape.v_width(), tile.acc + row * tile.acc_stride,
                             tile.acc_stride);
     });
@@ -249,7 +255,13 @@ void rotate(float* x, int64_t row_stride, int64_t head_stride, int rows, int hea
 }
 
 template <typename F>
-void run(const RunCall& call, const Item& item, std::byte* scratch) { run_tile<VectorProducts<F, false>>(call, item, scratch); }
+void run(const RunCall& call, const Item& item, std::byte* scratch) {
+#if defined(__AMX_BF16__)
+  if constexpr (std::is_same_v<F, Bf16>)
+    if (TileProducts::fits(*call.shape)) return run_tile<TileProducts>(call, item, scratch);
+#endif
+  run_tile<VectorProducts<F, false>>(call, item, scratch);
+}
 template <typename F>
 void run_latent(const RunCall& call, const Item& item, std::byte* scratch) { run_tile<VectorProducts<F, true>>(call, item, scratch); }
 

@@ -10,6 +10,7 @@ namespace apportion::APPORTION_ISA {
 
 using namespace attention;
 
+constexpr int AHEAD = 2;  // heads of a chunk between fetching and use
 constexpr float LOWEST = -1e30f;  // a maximum before any token; finite, so that LOWEST - LOWEST is 0
 constexpr float LOG2E = 1.44269504f;
 
@@ -34,6 +35,9 @@ APPORTION_INLINE float exp2(float x) {
   return lanes[0];
 }
 
+// Into L2: there is room for all that is on the way.
+APPORTION_INLINE void fetch_line(const void* p) { __builtin_prefetch(p, 0, 2); }
+
 // Up to CHUNK tokens from absolute position `first`, in units of SUB; where each unit's K and V stand.
 struct Chunk {
   int first, subs;
@@ -44,7 +48,7 @@ struct Chunk {
 // The rows of one item and their state within the present partition.
 struct Tile {
   const Shape* shape;
-  int rows, q_stride, acc_stride;
+  int rows, rows_per_head, q_stride, acc_stride;
   int low[ROWS], high[ROWS];  // row r sees tokens [low, high)
   int begin, end;             // what any row sees
   float highest[ROWS];        // running maximum of the scores, unscaled
@@ -58,7 +62,8 @@ struct Tile {
 
 inline size_t tile_bytes(const Shape& shape) {
   const size_t row = padded(shape.head_dim) + CHUNK + padded(shape.v_head_dim) + WIDTH + partial_floats(shape);
-  return std::max<size_t>(ROWS * row * sizeof(float), 2 * padded(shape.head_dim) * sizeof(float) + 256);
+  const size_t method = ROWS * (padded(shape.head_dim) + CHUNK) * sizeof(uint16_t);
+  return std::max<size_t>(ROWS * row * sizeof(float) + method, 2 * padded(shape.head_dim) * sizeof(float) + 256);
 }
 
 APPORTION_INLINE void load_tile(Tile& tile, const RunCall& call, const Item& item, std::byte* scratch) {
@@ -66,7 +71,8 @@ APPORTION_INLINE void load_tile(Tile& tile, const RunCall& call, const Item& ite
   const int group = shape.group(), first = call.plan->query_start_loc[item.request];
   const int start = call.plan->seq_lens[item.request] - (call.plan->query_start_loc[item.request + 1] - first);
   tile.shape = &shape;
-  tile.rows = item.num_rows;
+  tile.rows = item.rows();
+  tile.rows_per_head = item.num_rows;
   tile.q_stride = padded(shape.head_dim);
   tile.acc_stride = padded(shape.v_head_dim);
   tile.q = reinterpret_cast<float*>(scratch);
@@ -76,7 +82,7 @@ APPORTION_INLINE void load_tile(Tile& tile, const RunCall& call, const Item& ite
   tile.total = tile.sums + ROWS * WIDTH;
   tile.method = reinterpret_cast<std::byte*>(tile.total + ROWS * partial_floats(shape));
   for (int r = 0; r < tile.rows; ++r) {
-    const int row = item.first_row + r, head = item.kv_head * group + row % group;
+    const int row = item.first_row + r % item.num_rows, head = (item.kv_head + r / item.num_rows) * group + row % group;
     const float* q = call.q + (first + row / group) * call.q_stride + head * shape.head_dim;
     std::memcpy(tile.q + r * tile.q_stride, q, shape.head_dim * sizeof(float));
     std::memset(tile.q + r * tile.q_stride + shape.head_dim, 0, (tile.q_stride - shape.head_dim) * sizeof(float));
@@ -84,7 +90,7 @@ APPORTION_INLINE void load_tile(Tile& tile, const RunCall& call, const Item& ite
     tile.low[r] = shape.window ? std::max(0, tile.high[r] - shape.window) : 0;
   }
   tile.begin = tile.low[0];
-  tile.end = tile.high[tile.rows - 1];
+  tile.end = tile.high[item.num_rows - 1];
 }
 
 APPORTION_INLINE void find_chunk(Chunk& chunk, const RunCall& call, const Item& item, int lanes, int begin, int end) {
@@ -100,6 +106,13 @@ APPORTION_INLINE void find_chunk(Chunk& chunk, const RunCall& call, const Item& 
     chunk.k[chunk.subs] = reinterpret_cast<const uint32_t*>(k + block) + slot;
     chunk.v[chunk.subs] = reinterpret_cast<const uint32_t*>(v + block) + int64_t(slot) / lanes * shape.v_width();
   }
+  for (int s = chunk.subs; s < CHUNK / SUB; ++s) chunk.k[s] = chunk.k[0], chunk.v[s] = chunk.v[0];  // who fetches ahead looks at all
+}
+
+APPORTION_INLINE Chunk move(const Chunk& chunk, int64_t k_dwords, int64_t v_dwords) {
+  Chunk moved{chunk.first, chunk.subs, {}, {}};
+  for (int s = 0; s < CHUNK / SUB; ++s) moved.k[s] = chunk.k[s] + k_dwords, moved.v[s] = chunk.v[s] + v_dwords;
+  return moved;
 }
 
 // Scores -> probabilities, the row's maximum, sums and accumulators kept in step. MASKED: some row does not see all of the chunk.
@@ -148,19 +161,25 @@ APPORTION_INLINE void walk_partition(Tile& tile, const RunCall& call, const Item
   std::fill(tile.highest, tile.highest + tile.rows, LOWEST);
   std::memset(tile.acc, 0, sizeof(float) * tile.rows * tile.acc_stride);
   std::memset(tile.sums, 0, sizeof(float) * tile.rows * WIDTH);
-  const int all_low = tile.low[tile.rows - 1], all_high = tile.high[0];  // every row sees [all_low, all_high)
-  Chunk chunk, next;
-  const auto cut = [&](Chunk& c, int from) { find_chunk(c, call, item, Method::LANES, from, std::min(from / CHUNK * CHUNK + CHUNK, end)); };
-  cut(next, begin);
+  const int all_low = tile.low[item.num_rows - 1], all_high = tile.high[0];  // every row sees [all_low, all_high)
+  Chunk chunks[PARTITION / CHUNK];
+  int count = 0;
   for (int from = begin, to; from < end; from = to) {
-    to = from / CHUNK * CHUNK + CHUNK;
-    chunk = next;
-    if (to < end) cut(next, to);
-    for (int s = next.subs; s < chunk.subs; ++s) next.k[s] = chunk.k[s], next.v[s] = chunk.v[s];  // nothing to fetch ahead there
-    Method::score(tile, chunk, next);
-    if (from >= all_low && std::min(to, from + chunk.subs * SUB) <= all_high) soften<Method, false>(tile, chunk);
+    to = std::min(from / CHUNK * CHUNK + CHUNK, (end + Method::UNIT - 1) / Method::UNIT * Method::UNIT);
+    find_chunk(chunks[count++], call, item, Method::LANES, from, to);
+  }
+  // The chunk of head h, and what is read AHEAD heads later: fetched meanwhile.
+  const int64_t k_head = call.shape->k_head_bytes() / 4, v_head = call.shape->v_head_bytes() / 4;
+  const auto at = [&](int i, int h) {
+    i = std::min(i + h / item.num_heads, count - 1);
+    return move(chunks[i], h % item.num_heads * k_head, h % item.num_heads * v_head);
+  };
+  for (int i = 0; i < count; ++i) {
+    const Chunk& chunk = chunks[i];
+    for (int h = 0; h < item.num_heads; ++h) Method::score(tile, h * item.num_rows, item.num_rows, at(i, h), at(i, h + AHEAD));
+    if (chunk.first >= all_low && chunk.first + chunk.subs * SUB <= all_high) soften<Method, false>(tile, chunk);
     else soften<Method, true>(tile, chunk);
-    Method::mix(tile, chunk, next);
+    for (int h = 0; h < item.num_heads; ++h) Method::mix(tile, h * item.num_rows, item.num_rows, at(i, h), at(i, h + AHEAD));
   }
 }
 
@@ -180,9 +199,10 @@ APPORTION_INLINE void merge_row(float* total, const float* acc, float highest, f
 
 APPORTION_INLINE void write_row(const RunCall& call, const Item& item, int r, const float* total) {
   const Shape& shape = *call.shape;
-  const int group = shape.group(), row = item.first_row + r, width = shape.v_head_dim;
+  const int group = shape.group(), row = item.first_row + r % item.num_rows, width = shape.v_head_dim;
+  const int head = (item.kv_head + r / item.num_rows) * group + row % group;
   const int64_t token = call.plan->query_start_loc[item.request] + row / group;
-  float* out = call.out + token * call.out_stride + (item.kv_head * group + row % group) * int64_t(width);
+  float* out = call.out + token * call.out_stride + head * int64_t(width);
   const V norm = set1(total[padded(width) + 1]);
   for (int c = 0; c < width; c += WIDTH) store_n(out + c, load(total + c) / norm, width - c);
 }
@@ -196,7 +216,7 @@ void run_tile(const RunCall& call, const Item& item, std::byte* scratch) {
   const int size = partial_floats(shape), width = shape.v_head_dim;
   const Merge* merge = item.merge < 0 ? nullptr : &call.plan->merges[item.merge];
   for (int part = item.first_partition; part < item.last_partition; ++part) {
-    walk_partition<Method>(tile, call, item, std::max(part * PARTITION, tile.begin / SUB * SUB), std::min((part + 1) * PARTITION, tile.end));
+    walk_partition<Method>(tile, call, item, std::max(part * PARTITION, tile.begin / Method::UNIT * Method::UNIT), std::min((part + 1) * PARTITION, tile.end));
     for (int r = 0; r < tile.rows; ++r) {
       const float *acc = tile.acc + r * tile.acc_stride, sum = reduce_add(load(tile.sums + r * WIDTH));
       if (merge == nullptr) {
@@ -209,6 +229,7 @@ void run_tile(const RunCall& call, const Item& item, std::byte* scratch) {
       partial[padded(width) + 1] = sum;
     }
   }
+  Method::finish();
   if (merge == nullptr)
     for (int r = 0; r < tile.rows; ++r) write_row(call, item, r, tile.total + r * size);
 }
@@ -217,9 +238,9 @@ inline void merge_partitions(const RunCall& call, const Item& item, const Merge&
   const Shape& shape = *call.shape;
   const int size = partial_floats(shape), width = padded(shape.v_head_dim);
   float* total = reinterpret_cast<float*>(scratch);
-  for (int r = 0; r < item.num_rows; ++r) {
+  for (int r = 0; r < item.rows(); ++r) {
     for (int part = 0; part < merge.num_partitions; ++part) {
-      const float* partial = call.workspace + merge.partials + (int64_t(part) * item.num_rows + r) * size;
+      const float* partial = call.workspace + merge.partials + (int64_t(part) * item.rows() + r) * size;
       merge_row(total, partial, partial[width], partial[width + 1], shape.v_head_dim, shape.scale * LOG2E, part == 0);
     }
     write_row(call, item, r, total);

@@ -10,7 +10,7 @@ operands), its capability says so.
 
 Bitwise promise of a `batch_invariant` implementation: the result of a row depends on that row (and for attention on its
 request's KV and its position) alone, never on T, R, chunking or the number of threads. Linears accumulate C in one fixed order; attention
-cuts the context at absolute positions (chunks of 32 tokens, partitions of PARTITION_LEN) and merges partitions in order.
+cuts the context at absolute positions (chunks of 64 tokens, partitions of PARTITION_LEN) and merges partitions in order.
 """
 
 from __future__ import annotations
