@@ -239,9 +239,11 @@ class Engine:
         self._death = death
         cause = death.cause or str(death)
         tickets = lane.take_tickets()
+        given_up: list[RequestUpdate] = []
         for model in self.models.values():
-            self._updates += model.scheduler.lane_died(lane.lane_id, tickets.get(model.scheduler, []), cause)
-        lane.num_deaths += 1
+            given_up += model.scheduler.lane_died(lane.lane_id, tickets.get(model.scheduler, []), cause)
+        self._updates += given_up
+        lane.num_deaths = 0 if given_up else lane.num_deaths + 1  # with its likely cause gone a lane starts anew
         if lane.num_deaths < MAX_DEATHS and self._restart(lane):
             return
         lane.executor.shutdown()

@@ -57,7 +57,7 @@ class InputProcessor:
         if isinstance(prompt, str):
             if self.tokenizer is None:
                 raise InvalidRequest(f"model {self.model!r} has no tokenizer: give prompt_token_ids")
-            return self.tokenizer.encode(prompt, add_special_tokens)
+            prompt = self.tokenizer.encode(prompt, add_special_tokens)  # which may know more tokens than the model
         for position, token in enumerate(prompt):
             if not isinstance(token, Integral) or isinstance(token, bool):  # also numpy's
                 raise InvalidRequest(f"prompt token {position} is {token!r}; token ids are integers")
@@ -82,7 +82,9 @@ class InputProcessor:
             return replace(params, seed=seed)
         if self.tokenizer is None:
             raise InvalidParameter(f"bad_words need a tokenizer, and model {self.model!r} has none")
-        return replace(params, seed=seed, bad_words_token_ids=self.tokenizer.bad_words_token_ids(params.bad_words))
+        spellings = self.tokenizer.bad_words_token_ids(params.bad_words)
+        can_come = [ids for ids in spellings if max(ids) < self.spec.vocab]
+        return replace(params, seed=seed, bad_words_token_ids=can_come)
 
     def _check_ids(self, name: str, ids: Iterable[int]) -> None:
         for token in ids:

@@ -15,7 +15,7 @@ from apportion.engine.step import Step
 ExecutorFactory = Callable[[LaneConfig], Executor]
 Ended = tuple[Scheduler, Step, ModelRunnerOutput]
 
-MAX_DEATHS = 3  # in a row, without one step ending between them
+MAX_DEATHS = 3  # in a row, without one step ending or one request being given up between them
 
 _ids = count()
 

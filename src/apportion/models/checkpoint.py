@@ -109,9 +109,11 @@ class SafetensorsFile:
         try:
             header = json.loads(self._map[8:start])
             self.tensors = sorted(self._entries(header, start, aliases), key=lambda t: t.start)
-        except (ValueError, KeyError, TypeError) as error:
+        except (ValueError, KeyError, TypeError, AttributeError) as error:
             raise CheckpointError(f"{path} has no valid safetensors header: {error}") from error
         for t in self.tensors:
+            if not start <= t.start <= t.stop:
+                raise CheckpointError(f"{path} has no valid safetensors header: tensor {t.name} lies at bytes {t.start} to {t.stop}")
             if t.stop > size:
                 raise CheckpointError(f"{path} is truncated: tensor {t.name} ends at byte {t.stop}, the file has {size}")
 
@@ -162,14 +164,22 @@ class Checkpoint:
                     raise CheckpointError(f"tensor {stored.name} is in {self.tensors[stored.name][0].path.name} and in {file.path.name}")
                 self.tensors[stored.name] = file, stored
         if (folder / INDEX_NAME).is_file():
-            for name, file_name in read_json(folder / INDEX_NAME).get("weight_map", {}).items():
+            for name, file_name in _weight_map(folder).items():
                 if respell(name, aliases) not in self.tensors:
                     raise CheckpointError(f"{INDEX_NAME} places tensor {name} in {file_name}, which does not hold it")
 
 
+def _weight_map(folder: Path) -> dict[str, str]:
+    """Tensor name to file name, as the index says."""
+    places = read_json(folder / INDEX_NAME).get("weight_map")
+    if not isinstance(places, dict) or any(not isinstance(name, str) for name in places.values()):
+        raise CheckpointError(f"{folder / INDEX_NAME} must hold a 'weight_map' of tensor names to file names")
+    return places
+
+
 def _weight_files(folder: Path) -> list[Path]:
     if (folder / INDEX_NAME).is_file():
-        names = sorted(set(read_json(folder / INDEX_NAME).get("weight_map", {}).values()))
+        names = sorted(set(_weight_map(folder).values()))
         missing = [name for name in names if not (folder / name).is_file()]
         if missing or not names:
             raise CheckpointError(f"{folder / INDEX_NAME} names {len(names)} files; missing: {', '.join(missing) or 'all'}")

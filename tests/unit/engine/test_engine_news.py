@@ -1,4 +1,4 @@
-"""What an engine tells of a step when several have ended by the time it looks, and when a model leaves in the middle of something."""
+"""What an engine tells of steps that end together, and how it goes on after a model left or a request was given up."""
 
 from apportion.core.config import LaneConfig
 
@@ -56,3 +56,22 @@ def test_a_model_leaves_with_moves_to_do():
     assert house.engine.models["m"].scheduler.kv.num_draining, "nothing had to move: this test tests nothing"
     house.engine.remove_model("m")
     assert house.arena.num_free_slabs == house.arena.num_slabs
+
+
+def test_an_engine_outlives_requests_that_kill_its_lane():
+    house = House({"m": (group(),)}, die_at={"main": [{0}] * 6}, max_num_seqs=1)
+    killers = [house.add(f"killer{i}", range(9)) for i in range(2)]
+    waiting = house.add("waiting", range(9))
+    house.run()
+    assert [request.finish_reason for request in killers] == ["error", "error"]
+    late = house.add("late", range(9))
+    house.run()
+    assert waiting.output_token_ids == late.output_token_ids == house.expected(late)
+
+
+def test_a_lane_that_dies_with_nobody_to_blame_is_given_up():
+    house = House({"m": (group(),)})
+    for _ in range(3):
+        house.executors[-1][1].is_alive = False
+        house.engine.step(0.0)
+    assert not house.engine.lanes and len(house.executors) == 3

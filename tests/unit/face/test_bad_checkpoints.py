@@ -10,7 +10,7 @@ import torch
 from safetensors.torch import load_file, save_file
 
 from apportion import LLM, ApportionError, SamplingParams
-from apportion.core.errors import CheckpointError, OutOfMemory, Unsupported
+from apportion.core.errors import CheckpointError, InvalidRequest, OutOfMemory, Unsupported
 
 
 @pytest.fixture
@@ -59,6 +59,46 @@ def test_truncated_file(folder):
     file = folder / "model.safetensors"
     file.write_bytes(file.read_bytes()[:-1000])
     refused(folder, CheckpointError, "model.safetensors is truncated: tensor .* ends at byte")
+
+
+@pytest.mark.parametrize(
+    "header",
+    [
+        [],
+        {"a": "b"},
+        {"a": {"dtype": "BF16", "shape": 5, "data_offsets": [0, 4]}},
+        {"a": {"dtype": "BF16", "shape": [6], "data_offsets": [-8, 4]}},
+    ],
+)
+def test_junk_in_a_header(folder, header):
+    text = json.dumps(header).encode()
+    (folder / "model.safetensors").write_bytes(len(text).to_bytes(8, "little") + text + bytes(64))
+    refused(folder, CheckpointError, "model.safetensors has no valid safetensors header")
+
+
+@pytest.mark.parametrize(
+    ("places", "said"),
+    [
+        ([], "must hold a 'weight_map' of tensor names to file names"),
+        ({"a": 5}, "must hold a 'weight_map' of tensor names to file names"),
+        ({"a": "x.safetensors"}, "names 1 files; missing: x.safetensors"),
+        ({"a": "model.safetensors"}, "places tensor a in model.safetensors, which does not hold it"),
+    ],
+)
+def test_junk_in_an_index(folder, places, said):
+    (folder / "model.safetensors.index.json").write_text(json.dumps({"weight_map": places}))
+    refused(folder, CheckpointError, said)
+
+
+def test_a_tokenizer_that_knows_more_tokens_than_the_model(folder):
+    content = json.loads((folder / "tokenizer.json").read_text())
+    content["added_tokens"].append(content["added_tokens"][0] | {"id": 4096, "content": "<new>"})
+    (folder / "tokenizer.json").write_text(json.dumps(content))
+    with LLM(folder, kv_cache_memory=2**25) as llm:
+        with pytest.raises(InvalidRequest, match="prompt token 1 is 4096, outside the vocabulary of 4096 tokens"):
+            llm.generate("a<new>")
+        [output] = llm.generate("a", SamplingParams(bad_words=["<new>"], max_tokens=2))
+        assert output.outputs[0].error is None, "what cannot come needs no ban"
 
 
 def test_missing_files(folder):
