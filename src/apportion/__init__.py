@@ -9,7 +9,7 @@ import importlib
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
-    from apportion.core.config import EngineConfig
+    from apportion.core.config import EngineConfig, LaneConfig
     from apportion.core.errors import ApportionError
     from apportion.core.outputs import CompletionOutput, Logprob, RequestOutput
     from apportion.core.sampling_params import SamplingParams
@@ -21,13 +21,24 @@ _HOMES = {
     "LLM": "apportion.llm",
     "SamplingParams": "apportion.core.sampling_params",
     "EngineConfig": "apportion.core.config",
+    "LaneConfig": "apportion.core.config",
     "RequestOutput": "apportion.core.outputs",
     "CompletionOutput": "apportion.core.outputs",
     "Logprob": "apportion.core.outputs",
     "ApportionError": "apportion.core.errors",
 }
 
-__all__ = ["LLM", "ApportionError", "CompletionOutput", "EngineConfig", "Logprob", "RequestOutput", "SamplingParams", "__version__"]
+__all__ = [
+    "LLM",
+    "ApportionError",
+    "CompletionOutput",
+    "EngineConfig",
+    "LaneConfig",
+    "Logprob",
+    "RequestOutput",
+    "SamplingParams",
+    "__version__",
+]
 
 
 def __getattr__(name: str) -> Any:

@@ -49,7 +49,8 @@ class LLM:
     Engine keywords, with vLLM's meaning where it has them: revision, dtype, max_model_len (prompt and output together), load_format
     ("auto", "dummy"), device, kernels ("auto", "cpu", "reference"), num_threads, tensor_parallel_size, max_num_seqs,
     max_num_batched_tokens, scheduling_policy ("fcfs", "priority"), enable_chunked_prefill, long_prefill_token_threshold,
-    kv_cache_memory (bytes), kv_cache_dtype, block_size, enable_prefix_caching, lanes, seed.
+    kv_cache_memory (bytes), kv_cache_dtype, block_size, enable_prefix_caching, seed. lanes: LaneConfig for each executor, such as one for
+    prefill and one for decode; one for everything unless given.
     progress: called with (bytes loaded, bytes in all) while weights load.
 
     Errors: CheckpointError, Unsupported (an architecture), OutOfMemory (naming what would fit), InvalidParameter.
@@ -121,7 +122,7 @@ class LLM:
         chat_template_kwargs: Mapping[str, Any] | None = None,
     ) -> list[RequestOutput]:
         """Answer one conversation (a list of {"role", "content"}) or several. chat_template: jinja2 text instead of the model's own."""
-        conversations: Any = [messages] if not messages or isinstance(messages[0], Mapping) else messages
+        conversations: Any = [messages] if not messages or not _is_list(messages) or isinstance(messages[0], Mapping) else messages
         prompts = [
             self.render_chat(c, chat_template, add_generation_prompt=add_generation_prompt, tools=tools, **(chat_template_kwargs or {}))
             for c in conversations
@@ -136,6 +137,8 @@ class LLM:
 
     def render_chat(self, messages: Conversation, chat_template: str | None = None, **variables: Any) -> str:
         """The prompt of a conversation. Errors: InvalidRequest when there is no template or it refuses the messages."""
+        if not _is_list(messages):
+            raise InvalidRequest(f"a chat is a list of messages, got {type(messages).__name__}")
         template = self.tokenizer.compile_template(chat_template) if chat_template else self.tokenizer.chat_template
         return template.render(messages, **variables)
 

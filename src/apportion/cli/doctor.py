@@ -13,9 +13,8 @@ from typing import Any
 
 from apportion import __version__
 
-# optional package -> (what is missed without it, how to get it)
+# optional package -> (what needs it, how to get it)
 OPTIONAL = {
-    "fastapi": ("the HTTP server", "pip install '.[serve]' in the checkout"),
     "gguf": ("writing GGUF files to compare with llama.cpp", "pip install '.[bench]' in the checkout"),
     "sentencepiece": ("models whose only tokenizer file is tokenizer.model", "pip install sentencepiece protobuf"),
 }
@@ -85,7 +84,9 @@ def examine(kernels: str = "auto") -> tuple[dict[str, dict[str, Any]], list[Find
         },
     }
     findings = [
-        Finding(f"{name} is not installed: no {missed}", fix) for name, (missed, fix) in OPTIONAL.items() if find_spec(name) is None
+        Finding(f"{name} is not installed: needed for {needs_it}", fix)
+        for name, (needs_it, fix) in OPTIONAL.items()
+        if find_spec(name) is None
     ]
     if extension["absent"]:
         findings.insert(

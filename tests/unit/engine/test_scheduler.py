@@ -1,6 +1,6 @@
-"""Single decisions of the scheduler, with steps ended by hand; and what a decision costs."""
+"""Single decisions of the scheduler, with steps ended by hand; and how much a decision does."""
 
-import time
+import sys
 
 from apportion.core.config import LaneConfig, SchedulerConfig
 from apportion.core.kv_spec import KV_FORMATS, KVGroupSpec
@@ -200,21 +200,28 @@ def test_depth_hides_the_wait():
     assert request.output_token_ids == house.expected(request)
 
 
-def test_a_step_of_256_decodes_is_cheap():
-    """The budget is 1 ms for a decision; the bound here is loose, as tests share their machine."""
+def test_a_step_of_256_decodes_does_little_for_each():
+    """What it takes is measured by the benchmarks; here its Python calls are counted, which no other work disturbs."""
     spec = KVGroupSpec(tuple(range(16)), 4, 64, 64, KV_FORMATS["bfloat16"], 32)
     kv = KVCacheManager(Arena(2**33, choose_slab_bytes([spec.block_bytes], 2**33)), "m", (spec,))
     s = Scheduler("m", SchedulerConfig(), kv, 2048)
     for index in range(256):
         add(s, str(index), 8, max_tokens=1000)
-    times = []
-    while len(times) < 40:
-        start = time.perf_counter()
+    end(s, s.schedule(0, BOTH))
+    calls = 0
+
+    def count(frame, event, argument):
+        nonlocal calls
+        calls += event == "call"
+
+    sys.setprofile(count)
+    try:
         step = s.schedule(0, BOTH)
-        times.append(time.perf_counter() - start)
         end(s, step)
+    finally:
+        sys.setprofile(None)
     assert step.output.total_tokens == 256
-    assert min(times) < 0.002
+    assert calls < 10 * 256
 
 
 def test_a_recomputed_prompt_tells_its_logprobs_once():

@@ -9,7 +9,7 @@ import shutil
 import numpy as np
 import pytest
 
-from apportion import LLM, SamplingParams
+from apportion import LLM, LaneConfig, SamplingParams
 from apportion.core.errors import InvalidParameter, InvalidRequest
 
 GREEDY = SamplingParams(temperature=0, max_tokens=8)
@@ -132,6 +132,29 @@ def test_chat_is_generate_on_the_rendered_prompt(llm):
     assert answer.outputs[0].token_ids == llm.generate(answer.prompt, GREEDY)[0].outputs[0].token_ids
     assert [o.prompt for o in llm.chat([messages, messages], GREEDY)] == [answer.prompt] * 2
     assert llm.chat(messages, GREEDY, chat_template="{{ messages[0].content }}!")[0].prompt == "Hello!"
+
+
+@pytest.mark.parametrize(
+    ("messages", "said"),
+    [
+        ([], "at least one message"),
+        ("hello", "a list of messages, got str"),
+        (5, "got int"),
+        ([5], "got int"),
+        ([{"content": "a"}], "no role"),
+    ],
+)
+def test_chats_that_make_no_sense(llm, messages, said):
+    with pytest.raises(InvalidRequest, match=said):
+        llm.chat(messages, GREEDY)
+
+
+def test_two_lanes_say_what_one_says(llm):
+    prefill, decode = (LaneConfig(name=phase, phases=frozenset({phase})) for phase in ("prefill", "decode"))
+    prompts = [PROMPT, "x", list(range(100, 170))]
+    with LLM(lanes=[prefill, decode], kv_cache_memory=2**26) as two:
+        told = [output.outputs[0].token_ids for output in two.generate(prompts, GREEDY)]
+    assert told == [output.outputs[0].token_ids for output in llm.generate(prompts, GREEDY)]
 
 
 @pytest.mark.parametrize(
