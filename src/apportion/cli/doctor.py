@@ -83,11 +83,8 @@ def examine(kernels: str = "auto") -> tuple[dict[str, dict[str, Any]], list[Find
             "batch invariant": chosen.capability.batch_invariant,
         },
     }
-    findings = [
-        Finding(f"{name} is not installed: needed for {needs_it}", fix)
-        for name, (needs_it, fix) in OPTIONAL.items()
-        if find_spec(name) is None
-    ]
+    absent = [(name, *entry) for name, entry in OPTIONAL.items() if find_spec(name) is None]
+    findings = [Finding(f"{name} is not installed: needed for {needs_it}", fix) for name, needs_it, fix in absent]
     if extension["absent"]:
         findings.insert(
             0,
