@@ -28,24 +28,20 @@ void multiply_vectors(ThreadTeam& team, const PackedMatrix& w, const float* x, i
 }
 
 #if defined(__AMX_BF16__)
-constexpr int64_t TILE_CHUNK_ROWS = 512, TILE_CHUNK_K = 1024;  // 1 MiB of bf16 rows stays in L2 while the panels pass
+constexpr int64_t TILE_COPY_BYTES = 1 << 20;  // of bf16 rows that stay in L2 while the panels pass
 
 void multiply_tiles(ThreadTeam& team, const PackedMatrix& w, const float* x, int64_t x_stride, float* y, int64_t y_stride, int64_t rows) {
-  const int64_t C = padded(w.C), num_panels = w.num_panels();
-  for (int64_t row = 0; row < rows; row += TILE_CHUNK_ROWS) {
-    const int64_t n = smaller(TILE_CHUNK_ROWS, rows - row);
+  const int64_t fit = larger(4 * TILE_ROWS, TILE_COPY_BYTES / int64_t(tile_copy_bytes(TILE_ROWS, w.C)) * TILE_ROWS);
+  for (int64_t row = 0; row < rows; row += fit) {
+    const int64_t n = smaller(fit, rows - row);
     uint16_t* tiles = reinterpret_cast<uint16_t*>(team.shared(tile_copy_bytes(n, w.C)));
     const float* x_rows = x + row * x_stride;
     share(team, ceil_div(n, TILE_ROWS), n * w.C, [&](int64_t block, int) {
       copy_tile_block([&](int64_t r) { return x_rows + r * x_stride; }, n, w.C, block, tiles);
     });
-    const int64_t k_chunk = n <= 2 * TILE_ROWS ? C : TILE_CHUNK_K;
-    for (int64_t k = 0; k < C; k += k_chunk) {
-      const int64_t k_count = smaller(k_chunk, C - k);
-      share(team, num_panels, n * w.N * k_count, [&](int64_t p, int thread) {
-        multiply_panel_tiles(w, p, k, k_count, tiles, n, y + row * y_stride + p * PANEL, y_stride, panel_scratch(team, thread));
-      });
-    }
+    share(team, w.num_panels(), n * w.N * w.C, [&](int64_t p, int thread) {
+      multiply_panel_tiles(w, p, tiles, n, y + row * y_stride + p * PANEL, y_stride, panel_scratch(team, thread));
+    });
   }
 }
 #endif

@@ -13,13 +13,19 @@ struct Rows {
 };
 
 APPORTION_INLINE float* panel_scratch(ThreadTeam& team, int thread) {
-  return reinterpret_cast<float*>(team.local(thread, K_BLOCK * PANEL * sizeof(float)));
+#if defined(__AMX_BF16__)
+  constexpr size_t BYTES = TILE_SCRATCH_BYTES;
+  static_assert(BYTES >= K_BLOCK * PANEL * sizeof(float));
+#else
+  constexpr size_t BYTES = K_BLOCK * PANEL * sizeof(float);
+#endif
+  return reinterpret_cast<float*>(team.local(thread, BYTES));
 }
 
 // y[count, columns of panel p] = bias + rows w_p^T.
 static inline void multiply_panel(const PackedMatrix& w, int64_t p, const Rows& rows, float* y, int64_t y_stride, float* scratch) {
 #if defined(__AMX_BF16__)
-  if (uses_tiles(w.dtype)) return multiply_panel_tiles(w, p, 0, padded(w.C), rows.tiles, rows.count, y, y_stride, scratch);
+  if (uses_tiles(w.dtype)) return multiply_panel_tiles(w, p, rows.tiles, rows.count, y, y_stride, scratch);
 #endif
   const auto multiply = w.dtype == DType::FP32   ? multiply_panel_vectors<Fp32>
                         : w.dtype == DType::BF16 ? multiply_panel_vectors<Bf16>

@@ -55,39 +55,35 @@ struct TileSlice {
   int64_t upper_stride, lower_stride;  // elements from one tile to the next
   const std::byte* weights;
   int64_t steps;                       // of 32 channels
-  float* y;
-  int64_t y_stride;
+  const float* sums;                   // so far, [rows][32]; null: begin with `start`
   const float* start;                  // bias [32] or null
-  bool resume;                         // y holds the sums so far
+  float* y;                            // where the sums go
+  int64_t y_stride;
 };
 
+// A tile load that misses L1 stalls the multiplication: so the weights of TILE_K_BLOCK channels (16 KiB) stay in L1 while up to
+// TILE_SUM_ROWS rows pass over them, whose sums wait in L2 meanwhile.
+constexpr int64_t TILE_K_BLOCK = 256, TILE_SUM_ROWS = 512;
 constexpr int64_t TILE_STEP_BYTES = TILE_K * PANEL * int64_t(sizeof(uint16_t));
 
 template <bool TWO>
 APPORTION_INLINE void load_sums(const TileSlice& s) {
-  const size_t stride = size_t(s.y_stride) * sizeof(float);
-  const float* lower = s.y + TILE_ROWS * s.y_stride;
-  if (s.resume) {
-    _tile_loadd(0, s.y, stride);
-    _tile_loadd(1, s.y + 16, stride);
-    if constexpr (TWO) {
-      _tile_loadd(2, lower, stride);
-      _tile_loadd(3, lower + 16, stride);
-    }
-  } else if (s.start != nullptr) {  // a stride of zero repeats the bias in every row
-    _tile_loadd(0, s.start, 0);
-    _tile_loadd(1, s.start + 16, 0);
-    if constexpr (TWO) {
-      _tile_loadd(2, s.start, 0);
-      _tile_loadd(3, s.start + 16, 0);
-    }
-  } else {
+  const float* from = s.sums != nullptr ? s.sums : s.start;
+  if (from == nullptr) {
     _tile_zero(0);
     _tile_zero(1);
     if constexpr (TWO) {
       _tile_zero(2);
       _tile_zero(3);
     }
+    return;
+  }
+  const int64_t stride = s.sums != nullptr ? PANEL : 0;  // a stride of zero repeats the bias in every row
+  _tile_loadd(0, from, stride * 4);
+  _tile_loadd(1, from + 16, stride * 4);
+  if constexpr (TWO) {
+    _tile_loadd(2, from + TILE_ROWS * stride, stride * 4);
+    _tile_loadd(3, from + TILE_ROWS * stride + 16, stride * 4);
   }
 }
 
@@ -147,40 +143,46 @@ static inline void multiply_tiles(const TileSlice& s) {
   store_sums<TWO>(s);
 }
 
-// Channels k .. k + n (n a multiple of 32) of panel p times all rows. `scratch`: 2048 floats of this thread, for a panel with missing
-// columns and for the stream.
-static void multiply_panel_tiles(const PackedMatrix& w, int64_t p, int64_t k, int64_t n, const uint16_t* tiles, int64_t rows, float* y,
-                                 int64_t y_stride, float* scratch) {
+// Panel p times all rows, in order of C for each. `scratch`: TILE_SCRATCH_BYTES of this thread: sums, then the stream's buffer.
+constexpr size_t TILE_SCRATCH_BYTES = TILE_SUM_ROWS * PANEL * sizeof(float) + 2 * TILE_STEP_BYTES;
+
+static void multiply_panel_tiles(const PackedMatrix& w, int64_t p, const uint16_t* tiles, int64_t rows, float* y, int64_t y_stride,
+                                 float* scratch) {
   asm volatile("" ::: "memory");  // tile loads are opaque to the compiler: what they read must have been written
-  std::byte* buffer = reinterpret_cast<std::byte*>(scratch + PANEL * PANEL);
-  const int columns = w.columns(p);
+  std::byte* buffer = reinterpret_cast<std::byte*>(scratch + TILE_SUM_ROWS * PANEL);
+  const int64_t C = padded(w.C), columns = w.columns(p);
   int configured = 0;
-  for (int64_t row = 0; row < rows; row += 2 * TILE_ROWS) {
-    const int64_t left = smaller(rows - row, 2 * TILE_ROWS), block = row / TILE_ROWS;
-    const int upper = int(smaller(left, TILE_ROWS)), lower = int(left - upper);
-    if (configured != left) configure_tiles(upper, lower > 0 ? lower : upper);
-    configured = int(left);
-    const bool whole = columns == PANEL;
-    TileSlice slice = {
-        .upper = tile_block(tiles, w.C, block) + k * upper,
-        .lower = tile_block(tiles, w.C, block + 1) + k * lower,
-        .upper_stride = upper * TILE_K,
-        .lower_stride = lower * TILE_K,
-        .weights = w.panel(p) + k * PANEL * 2,
-        .steps = n / TILE_K,
-        .y = whole ? y + row * y_stride : scratch,
-        .y_stride = whole ? y_stride : PANEL,
-        .start = w.panel_bias(p),
-        .resume = k > 0,
-    };
-    if (!whole && k > 0)
-      for (int64_t r = 0; r < left; ++r) std::memcpy(scratch + r * PANEL, y + (row + r) * y_stride, size_t(columns) * sizeof(float));
+  for (int64_t first = 0; first < rows; first += TILE_SUM_ROWS) {
+    const int64_t last = smaller(rows, first + TILE_SUM_ROWS);
+    const int64_t k_block = last - first <= 2 * TILE_ROWS ? C : TILE_K_BLOCK;  // few rows: the weights pass once
+    for (int64_t k = 0; k < C; k += k_block) {
+      const int64_t n = smaller(k_block, C - k);
+      const bool direct = k + n == C && columns == PANEL;
+      for (int64_t row = first; row < last; row += 2 * TILE_ROWS) {
+        const int64_t left = smaller(last - row, 2 * TILE_ROWS), block = row / TILE_ROWS;
+        const int upper = int(smaller(left, TILE_ROWS)), lower = int(left - upper);
+        if (configured != left) configure_tiles(upper, lower > 0 ? lower : upper);
+        configured = int(left);
+        float* sums = scratch + (row - first) * PANEL;
+        const TileSlice slice = {
+            .upper = tile_block(tiles, w.C, block) + k * upper,
+            .lower = tile_block(tiles, w.C, block + 1) + k * lower,
+            .upper_stride = upper * TILE_K,
+            .lower_stride = lower * TILE_K,
+            .weights = w.panel(p) + k * PANEL * 2,
+            .steps = n / TILE_K,
+            .sums = k > 0 ? sums : nullptr,
+            .start = w.panel_bias(p),
+            .y = direct ? y + row * y_stride : sums,
+            .y_stride = direct ? y_stride : PANEL,
+        };
+        if (row == first) lower > 0 ? stream_tiles<true>(slice, buffer) : stream_tiles<false>(slice, buffer);
+        else lower > 0 ? multiply_tiles<true>(slice) : multiply_tiles<false>(slice);
+      }
+    }
     asm volatile("" ::: "memory");
-    if (row == 0) lower > 0 ? stream_tiles<true>(slice, buffer) : stream_tiles<false>(slice, buffer);
-    else lower > 0 ? multiply_tiles<true>(slice) : multiply_tiles<false>(slice);
-    asm volatile("" ::: "memory");
-    if (!whole)
-      for (int64_t r = 0; r < left; ++r) std::memcpy(y + (row + r) * y_stride, scratch + r * PANEL, size_t(columns) * sizeof(float));
+    if (columns != PANEL)
+      for (int64_t row = first; row < last; ++row) std::memcpy(y + row * y_stride, scratch + (row - first) * PANEL, size_t(columns) * sizeof(float));
   }
   _tile_release();
 }

@@ -11,6 +11,7 @@
 #include <linux/futex.h>
 #include <pthread.h>
 #include <sched.h>
+#include <sys/mman.h>
 #include <sys/syscall.h>
 #include <unistd.h>
 #endif
@@ -68,14 +69,20 @@ bool pin(std::thread& thread, int core) {
 
 }  // namespace
 
+constexpr size_t HUGE_PAGE = size_t(1) << 21;
+
 std::byte* ThreadTeam::Scratch::grow(size_t bytes) {
   std::free(data);
-  capacity = (bytes + bytes / 2 + 4095) / 4096 * 4096;
-  data = static_cast<std::byte*>(std::aligned_alloc(4096, capacity));
+  const size_t page = bytes < HUGE_PAGE / 2 ? 4096 : HUGE_PAGE;
+  capacity = (bytes + bytes / 2 + page - 1) / page * page;
+  data = static_cast<std::byte*>(std::aligned_alloc(page, capacity));
   if (data == nullptr) {
     capacity = 0;
     throw std::bad_alloc();
   }
+#if defined(__linux__)
+  if (page == HUGE_PAGE) madvise(data, capacity, MADV_HUGEPAGE);  // advice: where it is refused nothing is lost
+#endif
   return data;
 }
 

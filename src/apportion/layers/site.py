@@ -11,8 +11,10 @@ from apportion.core.errors import InternalError
 from apportion.core.model_spec import ModelSpec
 from apportion.kernels.ops import Ops
 from apportion.parallel.groups import ParallelGroup
+from apportion.platforms.arena import Arena
 from apportion.quant.scheme import LinearRecords
 
+HUGE_BUFFER_BYTES = 1 << 21
 MAX_VIEWS = 4096  # remembered (slot, T) pairs; steps come in few sizes
 
 
@@ -37,12 +39,20 @@ class Activations:
             raise InternalError(f"activation slot {slot!r} is {storage.shape[1]} wide and was asked for {width}")
         if storage is None or len(storage) < num_tokens:
             rows = 1 << max(num_tokens - 1, 0).bit_length()  # pages that are never touched cost nothing
-            storage = self._storage[slot] = torch.empty(rows, width)
+            storage = self._storage[slot] = _allocate(rows, width)
             self._views = {key: view for key, view in self._views.items() if key[0] != slot}  # they keep the old storage alive
         if len(self._views) >= MAX_VIEWS:
             self._views.clear()
         view = self._views[slot, num_tokens] = storage[:num_tokens]
         return view
+
+
+def _allocate(rows: int, width: int) -> Tensor:
+    """Large buffers from huge pages: a linear writes each of their rows in another page, and misses in the page tables are dear."""
+    nbytes = rows * width * 4
+    if nbytes < HUGE_BUFFER_BYTES:
+        return torch.empty(rows, width)
+    return Arena.create(nbytes, shared=False).tensor.view(torch.float32).view(rows, width)
 
 
 @dataclass(frozen=True, slots=True)
