@@ -36,12 +36,8 @@ def test_without_a_compiler(tmp_path):
         assert not [name for name in archive.namelist() if name.endswith(".so")]
         archive.extractall(tmp_path / "installed")
     path = {"PYTHONPATH": os.pathsep.join([str(tmp_path / "installed"), *filter(None, sys.path)])}
-    doctor = subprocess.run(
-        [sys.executable, "-m", "apportion.cli.main", "doctor", "--json"],
-        cwd=tmp_path / "installed",
-        env=os.environ | path,
-        capture_output=True,
-    )
+    command = [sys.executable, "-m", "apportion.cli.main", "doctor", "--json"]
+    doctor = subprocess.run(command, cwd=tmp_path / "installed", env=os.environ | path, capture_output=True)
     report = json.loads(doctor.stdout)
     assert report["kernels"]["chosen"] == "reference"
     assert "reference kernels run" in report["findings"][0]["what"] and "compiler" in report["findings"][0]["fix"]
