@@ -1,0 +1,1 @@
+"""Builders: known networks at the level of operators and shapes."""
