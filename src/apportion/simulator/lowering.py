@@ -97,6 +97,8 @@ class Lowering:
 
         kind: of the new buffers. prefetch: wait for the compute of this many operators ago. over: a value whose memory is taken over.
         """
+        if value.layout == target:  # it may stay partial
+            return value
         for step in transform(value.layout, target, self.distance):
             value = self.take(value, step, kind, messages, prefetch, over)
         return value.narrowed(target)
