@@ -3,7 +3,8 @@
 Where the paper leaves a choice, ours is:
 - An output that is partial is reduced straight into the layout its readers want, if they agree: sequence parallelism needs no annotation of
   the sum. What nobody reads stays partial.
-- A gathered copy of an activation is made again for the backward pass (Megatron), one that was received from another stage is kept.
+- A copy of an activation that is larger than the stored shard (an all-gather's) is made again for the backward pass, as Megatron does; one
+  that is not (of another stage, of an all-to-all) is kept.
 - Gradients of weights are summed over micro-batches where they arise, and reduced once, after the last one. Uses of a weight in several
   places (tied embeddings) are further terms of the same sum.
 - Parameters stored elsewhere are fetched for every use and dropped after it.
@@ -17,10 +18,10 @@ from dataclasses import replace
 from apportion.core.errors import InvalidParameter
 from apportion.simulator.cluster import Cluster
 from apportion.simulator.execution_graph import ExecutionGraph
-from apportion.simulator.layout import Layout, Shard, reduce_step
+from apportion.simulator.layout import Layout, Shard, reduce_step, volume
 from apportion.simulator.lowering import Buckets, Lowering, Message, Value, boxes_as_parts, union
 from apportion.simulator.ops import LOSSES, Dim, Model, Op, Operand, backward, gradient, passes_through
-from apportion.simulator.propagation import OpConfig, Placement, place, resolve, stored
+from apportion.simulator.propagation import Placement, place, resolve, stages_of, stored
 from apportion.simulator.schedule import BACKWARD, FORWARD, Action, actions_of, merge
 from apportion.simulator.strategy_tree import StrategyTree
 
@@ -40,27 +41,6 @@ def compile(
     compiler.run(training)
     compiler.graph.check()
     return compiler.graph
-
-
-def stages_of(model: Model, configs: dict[str, OpConfig]) -> tuple[list[list[Op]], list[int]]:
-    """Consecutive operators on the same devices are a stage; meshes that overlap are the same devices. And the pipeline rank of each."""
-    groups: list[set[str]] = []
-    for config in configs.values():
-        mine = {device for device in config.mesh.devices if not device.startswith("cpu")} or set(config.mesh.devices)
-        touched = [group for group in groups if group & mine]
-        groups = [group for group in groups if not group & mine] + [mine.union(*touched)]
-    stages: list[list[Op]] = []
-    ranks: list[int] = []
-    order: dict[int, int] = {}
-    for op in model.ops.values():
-        devices = set(configs[op.path].mesh.devices)
-        at = next(i for i, group in enumerate(groups) if group & devices)
-        rank = order.setdefault(at, len(order))
-        if not ranks or ranks[-1] != rank:
-            stages.append([])
-            ranks.append(rank)
-        stages[-1].append(op)
-    return stages, ranks
 
 
 class _Compiler:
@@ -176,7 +156,7 @@ class _Compiler:
         if phase == FORWARD and (tensor.name, m) in self.made:
             value = self.made[tensor.name, m]
         offloaded = any(device.startswith("cpu") for device in value.layout.devices)
-        kept = not weight and not offloaded and not needed.devices <= value.layout.devices
+        kept = not weight and not offloaded and not _grows(value.layout, needed)
         key = (tensor.name, m, needed, "kept" if kept else phase)
         if key not in self.copies:
             self.copies[key] = self.low.move(value, needed, "gathered", self.messages, self.tree.prefetch if weight else None)
@@ -230,6 +210,7 @@ class _Compiler:
             for i in passes_through(op):
                 if op.inputs[i].tensor in self.model.differentiable:
                     self._contribute(op.inputs[i].tensor, f"{op.path}.through{i}", self.gradients[op.outputs[0].tensor, m], m)
+            self._send()
             for b in self.backward_ops[op.path]:
                 self._backward_op(b, placement, m)
 
@@ -249,12 +230,12 @@ class _Compiler:
             raw = placement.layout(operand, tensor.shape)
             outputs.append((raw, tensor.itemsize, "partial" if raw.num_terms > 1 or tensor.kind == "weight" else "activation"))
         made = replace(b, outputs=tuple(Operand(gradient(o.tensor), o.dims) for o in b.outputs))
-        for operand, value in zip(b.outputs, self.low.compute(made, placement, inputs, outputs)):
+        for operand, value in zip(b.outputs, self.low.compute(made, placement, inputs, outputs), strict=True):
             self._contribute(operand.tensor, b.path, value, m)
         self._send()
 
     def _recompute(self, ops: list[Op], m: int) -> None:
-        """Emit again what the backward of these operators reads and they made, except what leaves them; not before its gradients are there."""
+        """Emit again what these operators made and their backward reads, except what leaves them; not before its gradients are there."""
         inside = {op.path for op in ops}
         leaving = {path for path in inside if not set(self.model.consumers[path]) <= inside}
         needed = {o.tensor for path in inside for b in self.backward_ops.get(path, ()) for o in b.inputs} & inside - leaving
@@ -280,7 +261,6 @@ class _Compiler:
         arrived.append(value)
         if len(arrived) == self.expected[tensor]:
             self.gradients[tensor, m] = self._sum(tensor, _merged(self.low, tensor, arrived), self.gradient_layouts[tensor, m])
-            self._send()
 
     def _accumulate(self, tensor: str, total: Value, value: Value) -> Value:
         """In place, unless the first term is memory that others read."""
@@ -288,10 +268,12 @@ class _Compiler:
         return self.low.add(f"{gradient(tensor)}.accumulate", total, value, "partial", own)
 
     def _sum(self, tensor: str, values: list[Value], target: Layout) -> Value:
+        """In the target layout; the caller sends what has to move."""
         total: Value | None = None
         for value in values:
             moved = self.low.move(value, target, "activation", self.messages)
-            self._send()
+            if total is not None:
+                self._send()
             total = moved if total is None else self.low.add(f"{gradient(tensor)}.sum", total, moved, "activation", False)
         assert total is not None
         return total
@@ -317,6 +299,7 @@ class _Compiler:
         for tensor, values in self.weight_gradients.items():
             self.low.stage = self.stage_of[self.model.consumers[tensor][0]]
             grad = self._sum(tensor, values, self._gradient_layout(tensor))
+            self._send()
             self.graph.results[gradient(tensor)] = [(grad.views[s.device], s.term) for s in grad.layout.shards]
             self._update_weight(tensor, grad)
         self.buckets.flush()
@@ -335,7 +318,7 @@ class _Compiler:
         op = Op(
             f"optimizer.{name}",
             self.optimizer,
-            {d: (extent, Dim.OTHER) for d, extent in zip(dims, tensor.shape)},
+            {d: (extent, Dim.OTHER) for d, extent in zip(dims, tensor.shape, strict=True)},
             tuple(Operand(n, dims) for n in (name, gradient(name), *(s.tensor for s in states))),
             tuple(Operand(n, dims) for n in (name, *(s.tensor for s in states))),
         )
@@ -364,7 +347,7 @@ class _Compiler:
             natural = self._placement(op, 0).needed(operand, self._shape(operand))
             mine = stored(path, operand, natural, config, storage, self._shape(operand))
             known = Layout(tuple(shards))
-            if not shards or not known.devices & mine.devices and set(known.by_box) == set(mine.by_box):
+            if not shards or (not known.devices & mine.devices and set(known.by_box) == set(mine.by_box)):
                 shards += mine.shards
         return Layout(tuple(shards))
 
@@ -383,6 +366,12 @@ class _Compiler:
                 offset = m * value.layout.num_terms
                 found = [(value.views[s.device], s.term + offset) for s in value.layout.shards]
                 self.graph.results.setdefault(name, []).extend(found)
+
+
+def _grows(stored: Layout, needed: Layout) -> bool:
+    """Whether the copy that a reader needs is larger than what its devices store already."""
+    here = [shard for shard in needed.shards if shard.device in stored.of]
+    return any(volume(shard.box) > volume(stored.of[shard.device].box) for shard in here)
 
 
 def _merged(low: Lowering, tensor: str, values: list[Value]) -> list[Value]:

@@ -26,11 +26,10 @@ def run(graph: ExecutionGraph, arrays: Mapping[str, Array], seed: int | None = N
     """
     held: dict[int, Array] = {}
     for buffer in graph.buffers:
-        if not graph.writers.get(buffer.id) and graph.readers.get(buffer.id) or buffer.kind in ("weight", "state"):
-            if not graph.writers.get(buffer.id):
-                if buffer.tensor not in arrays:
-                    raise InvalidParameter(f"the run needs an array for {buffer.tensor!r}")
-                held[buffer.id] = arrays[buffer.tensor][_slices(buffer.box)].copy()
+        if not graph.writers.get(buffer.id):  # there from the start
+            if buffer.tensor not in arrays:
+                raise InvalidParameter(f"the run needs an array for {buffer.tensor!r}")
+            held[buffer.id] = arrays[buffer.tensor][_slices(buffer.box)].copy()
     interpreter = _Interpreter(graph, held)
     for task in _order(graph, seed):
         interpreter.execute(graph.tasks[task])
@@ -149,9 +148,9 @@ def dense(model: Model, arrays: Mapping[str, Array], optimizer: str | None = "ad
             made += [(operand.tensor, whole[str(i)]) for i, operand in enumerate(b.outputs)]
         for tensor, value in made:
             values[gradient(tensor)] = values[gradient(tensor)] + value if gradient(tensor) in values else value
-    for tensor in model.tensors.values():
-        if tensor.kind == "weight" and gradient(tensor.name) in values:
-            results |= _update(tensor.name, values, optimizer)
+    for weight in (tensor.name for tensor in model.tensors.values() if tensor.kind == "weight"):
+        if gradient(weight) in values:
+            results |= _update(weight, values, optimizer)
     return results
 
 
@@ -159,7 +158,7 @@ def _apply(model: Model, op: Op, values: Mapping[str, Array], as_list: bool = Fa
     part = {name: (0, extent) for name, (extent, _) in op.dims.items()}
     shapes = [model.tensors[operand.tensor].shape for operand in op.outputs]
     made = KERNELS[op.kind](op, part, [values[operand.tensor] for operand in op.inputs], shapes)
-    return {str(i) if as_list else operand.tensor: value for i, (operand, value) in enumerate(zip(op.outputs, made))}
+    return {str(i) if as_list else operand.tensor: value for i, (operand, value) in enumerate(zip(op.outputs, made, strict=True))}
 
 
 def _update(name: str, values: Mapping[str, Array], optimizer: str) -> dict[str, Array]:
@@ -167,4 +166,4 @@ def _update(name: str, values: Mapping[str, Array], optimizer: str) -> dict[str,
     operands = tuple(Operand(n, ()) for n in (name, gradient(name), *states))
     op = Op(f"optimizer.{name}", optimizer, {}, operands, ())
     made = KERNELS[optimizer](op, {}, [values[o.tensor] for o in operands], [])
-    return {gradient(name): values[gradient(name)], **dict(zip((name, *states), made))}
+    return {gradient(name): values[gradient(name)], **dict(zip((name, *states), made, strict=True))}

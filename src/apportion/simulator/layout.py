@@ -106,14 +106,18 @@ class Transfer:
 
     @property
     def volume(self) -> int:
-        """Elements of the message as collectives count it: the whole reduced or gathered tensor, otherwise what a root or pair moves."""
+        """Elements of the message as its cost is counted: of a reduction or an all-gather the whole tensor of the group, of a broadcast or
+        pair what arrives, of a scatter, gather or all-to-all what the busiest member exchanges with others."""
         if self.kind in ("all_reduce", "reduce_scatter"):
             return volume(self.sends[0][1])
-        if self.kind in ("all_gather", "gather", "p2p", "copy", "broadcast"):
+        if self.kind in ("all_gather", "p2p", "copy", "broadcast"):
             return volume(self.receives[0][1])
-        if self.kind == "scatter":
-            return sum(volume(box) for _, box in self.receives)
-        return max(volume(box) for _, box in self.sends)
+        if self.kind == "gather":
+            return sum(volume(box) for device, box in self.sends if device != self.receives[0][0])
+        return max(self._sent_to_others(device, box) for device, box in self.sends)
+
+    def _sent_to_others(self, device: str, box: Box) -> int:
+        return sum(volume(part) for other, wanted in self.receives if other != device and (part := intersect(box, wanted)) is not None)
 
 
 Step = tuple[Layout, list[Transfer]]
@@ -132,15 +136,15 @@ def reduce_step(source: Layout, target: Layout) -> Step:
     groups = list(_reduce_groups(source))
     if len({s.device for group in groups for s in group}) == len(source.shards) and source.devices == target.devices:
         wanted = [[target.of[shard.device].box for shard in group] for group in groups]
-        if all(tiles(boxes, group[0].box) for boxes, group in zip(wanted, groups)):
-            return target, [_transfer("reduce_scatter", group, boxes) for group, boxes in zip(groups, wanted)]
+        if all(tiles(boxes, group[0].box) for boxes, group in zip(wanted, groups, strict=True)):
+            return target, [_transfer("reduce_scatter", group, boxes) for group, boxes in zip(groups, wanted, strict=True)]
     transfers = [_transfer("all_reduce", group, [shard.box for shard in group]) for group in groups]
     members = {shard.device for group in groups for shard in group}
     return Layout(tuple(Shard(s.device, s.box) for s in source.shards if s.device in members)), transfers
 
 
 def _transfer(kind: str, group: Sequence[Shard], boxes: Sequence[Box]) -> Transfer:
-    return Transfer(kind, tuple((s.device, s.box) for s in group), tuple((s.device, box) for s, box in zip(group, boxes)))
+    return Transfer(kind, tuple((s.device, s.box) for s in group), tuple((s.device, box) for s, box in zip(group, boxes, strict=True)))
 
 
 def _reduce_groups(source: Layout) -> Iterable[list[Shard]]:
@@ -177,7 +181,7 @@ def _all_gathers(source: Layout, target: Layout, missing: list[Shard]) -> list[T
             tile_of[mine.box].append(mine)
         if not tiles(list(tile_of), box) or len({len(replicas) for replicas in tile_of.values()}) != 1:
             return None
-        for group in zip(*tile_of.values()):
+        for group in zip(*tile_of.values(), strict=True):
             ordered = sorted(group, key=source.shards.index)
             transfers.append(_transfer("all_gather", ordered, [box] * len(ordered)))
     return transfers
@@ -210,7 +214,9 @@ def _pieces(source: Layout, wanted: Shard, missing: list[Shard], distance: Dista
         yield holders[nearest].device, wanted.device, part
         found += volume(part)
     if found != volume(wanted.box):
-        raise InvalidParameter(f"device {wanted.device} needs {wanted.box}, of which the devices hold {found} of {volume(wanted.box)} elements")
+        raise InvalidParameter(
+            f"device {wanted.device} needs {wanted.box}, of which the devices hold {found} of {volume(wanted.box)} elements"
+        )
 
 
 def _collective(source: Layout, wanted: list[Shard], pieces: list[tuple[str, str, Box]]) -> list[Transfer]:

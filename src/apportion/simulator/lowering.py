@@ -87,7 +87,7 @@ class Lowering:
             piece = Piece(reads, tuple(result[device] for result in results))
             issued[device] = self._task(COMPUTE, op.path, (device,), COMPUTE, [piece], self.lazy, op.path, part)
         self.history.append(issued)
-        outs = zip(outputs, results, op.outputs)
+        outs = zip(outputs, results, op.outputs, strict=True)
         return [Value(layout, views, operand.tensor, itemsize) for (layout, itemsize, _), views, operand in outs]
 
     def move(
@@ -136,7 +136,7 @@ class Lowering:
         extents = [max(s.box[i][1] for s in a.layout.shards) for i in range(len(a.layout.shards[0].box))]
         dims = [f"d{i}" for i in range(len(extents))]
         operand = Operand(a.tensor, tuple(dims))
-        op = Op(name, "add", {d: (extent, Dim.OTHER) for d, extent in zip(dims, extents)}, (operand, operand), (operand,))
+        op = Op(name, "add", {d: (extent, Dim.OTHER) for d, extent in zip(dims, extents, strict=True)}, (operand, operand), (operand,))
         placement = boxes_as_parts(a.layout, dims)
         return self.compute(op, placement, [a, b], [(a.layout, a.itemsize, kind)], {0: a} if in_place else None)[0]
 
@@ -201,7 +201,7 @@ def _all_to_all(messages: list[Message]) -> list[Message]:
         if message.kind in ("scatter", "gather"):
             families[message.kind, frozenset(message.devices)].append(message)
     fused: dict[int, Message | None] = {}
-    for (kind, group), family in families.items():
+    for (_kind, group), family in families.items():
         sizes: dict[str, int] = defaultdict(int)
         for message in family:
             sizes[_root(message)] += message.num_bytes

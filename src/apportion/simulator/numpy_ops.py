@@ -22,7 +22,7 @@ EPS, LEARNING_RATE, MOMENTUM, BETAS = 1e-5, 0.1, 0.9, (0.9, 0.99)
 
 
 def _einsum(op: Op, part: Part, xs: Sequence[Array], shapes: Shapes) -> list[Array]:
-    letter = dict(zip(op.dims, string.ascii_letters))
+    letter = dict(zip(op.dims, string.ascii_letters, strict=False))
 
     def subscripts(operand: Operand) -> str:
         return "".join(letter[str(name)] for name in operand.dims)
@@ -33,7 +33,7 @@ def _einsum(op: Op, part: Part, xs: Sequence[Array], shapes: Shapes) -> list[Arr
 
 def _add(op: Op, part: Part, xs: Sequence[Array], shapes: Shapes) -> list[Array]:
     out = op.outputs[0].dims
-    aligned = [x.reshape([x.shape[i.dims.index(n)] if n in i.dims else 1 for n in out]) for x, i in zip(xs, op.inputs)]
+    aligned = [x.reshape([x.shape[i.dims.index(n)] if n in i.dims else 1 for n in out]) for x, i in zip(xs, op.inputs, strict=True)]
     return [aligned[0] + aligned[1]]
 
 
@@ -185,7 +185,7 @@ def _conv2d_grad_x(op: Op, part: Part, xs: Sequence[Array], shapes: Shapes) -> l
 
 
 def _conv2d_grad_w(op: Op, part: Part, xs: Sequence[Array], shapes: Shapes) -> list[Array]:
-    return [np.einsum("boyx,bcyxij->ocij", xs[1], _windows(op, xs[0], shapes[0][2:]), optimize=True)]
+    return [np.einsum("boyx,bcyxij->ocij", xs[1], _windows(op, xs[0], (shapes[0][2], shapes[0][3])), optimize=True)]
 
 
 def _max_pool(op: Op, part: Part, xs: Sequence[Array], shapes: Shapes) -> list[Array]:

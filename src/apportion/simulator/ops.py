@@ -17,7 +17,6 @@ from typing import Any
 from apportion.core.config import DTYPES
 from apportion.core.errors import InvalidParameter
 
-
 ITEMSIZE = {**DTYPES, "int32": 4}
 
 
@@ -139,4 +138,3 @@ def _contraction_gradient(op: Op, i: int, grad_out: Operand) -> Op:
 
 def gradient(tensor: str) -> str:
     return f"grad:{tensor}"
-

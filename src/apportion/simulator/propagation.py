@@ -14,7 +14,7 @@ from dataclasses import dataclass
 from apportion.core.errors import InvalidParameter
 from apportion.simulator.cluster import DeviceMesh
 from apportion.simulator.layout import Box, Layout, Shard, split
-from apportion.simulator.ops import Dim, Op, Operand
+from apportion.simulator.ops import Dim, Model, Op, Operand
 from apportion.simulator.strategy_tree import Axes, Storage, StrategyTree
 
 MAX_ROUNDS = 10
@@ -72,7 +72,10 @@ def resolve(tree: StrategyTree) -> dict[str, OpConfig]:
 
 
 def _from_tree(tree: StrategyTree, op: Op) -> OpConfig:
-    mesh, partition, memory, recompute = None, {}, {}, None
+    mesh: DeviceMesh | None = None
+    partition: dict[str, Axes] = {}
+    memory: dict[str, Storage] = {}
+    recompute: str | None = None
     nodes = tree.ancestry(op.path)
     for node in nodes:
         mesh = node.config.mesh or mesh
@@ -117,7 +120,7 @@ def _heard(tree: StrategyTree, configs: dict[str, OpConfig], op: Op, name: str, 
     """The axes over which the neighbours cut what this operator calls `name`."""
     model, heard = tree.model, set()
     for operand in op.outputs if backward else op.inputs:
-        if name not in operand.dims or operand.tensor in model.tensors and model.tensors[operand.tensor].kind != "activation":
+        if name not in operand.dims or (operand.tensor in model.tensors and model.tensors[operand.tensor].kind != "activation"):
             continue
         at = operand.dims.index(name)
         neighbours = model.consumers[operand.tensor] if backward else [model.producer[operand.tensor]]
@@ -148,6 +151,27 @@ def _check(op: Op, config: OpConfig) -> None:
         raise InvalidParameter(f"{op.path!r} splits two dims over one mesh axis: {config.partition}")
 
 
+def stages_of(model: Model, configs: dict[str, OpConfig]) -> tuple[list[list[Op]], list[int]]:
+    """Consecutive operators on the same devices are a stage; meshes that overlap are the same devices. And the pipeline rank of each."""
+    groups: list[set[str]] = []
+    for config in configs.values():
+        mine = {device for device in config.mesh.devices if not device.startswith("cpu")} or set(config.mesh.devices)
+        touched = [group for group in groups if group & mine]
+        groups = [group for group in groups if not group & mine] + [mine.union(*touched)]
+    stages: list[list[Op]] = []
+    ranks: list[int] = []
+    order: dict[int, int] = {}
+    for op in model.ops.values():
+        devices = set(configs[op.path].mesh.devices)
+        at = next(i for i, group in enumerate(groups) if group & devices)
+        rank = order.setdefault(at, len(order))
+        if not ranks or ranks[-1] != rank:
+            stages.append([])
+            ranks.append(rank)
+        stages[-1].append(op)
+    return stages, ranks
+
+
 def place(op: Op, config: OpConfig, micro_batch: int, num_micro_batches: int) -> Placement:
     """The parts of one micro-batch, in coordinates of the whole batch. Error: InvalidParameter where the batch does not divide."""
     parts = {}
@@ -165,14 +189,14 @@ def place(op: Op, config: OpConfig, micro_batch: int, num_micro_batches: int) ->
 
 
 def cut(path: str, name: str, whole: tuple[int, int], axes: Axes, mesh: DeviceMesh, index: int) -> tuple[int, int]:
-    """The piece of an interval that the index-th device of a mesh has; the first axis is the outer one."""
+    """The piece of an interval that the index-th device has: cut by the first axis, that piece by the next, so that uneven parts nest."""
     coordinates = mesh.coordinates(index)
-    parts, at = 1, 0
-    for axis in axes:
-        parts, at = parts * mesh.sizes[axis], at * mesh.sizes[axis] + coordinates[axis]
+    parts = math.prod(mesh.sizes[axis] for axis in axes)
     if parts > whole[1] - whole[0]:
         raise InvalidParameter(f"dim {name!r} of {path!r} has extent {whole[1] - whole[0]} here, which cannot be split into {parts} parts")
-    return split(whole, parts, at)
+    for axis in axes:
+        whole = split(whole, mesh.sizes[axis], coordinates[axis])
+    return whole
 
 
 def stored(path: str, operand: Operand, natural: Layout, config: OpConfig, storage: Storage | None, shape: tuple[int, ...]) -> Layout:
@@ -180,7 +204,7 @@ def stored(path: str, operand: Operand, natural: Layout, config: OpConfig, stora
     if storage is None:
         return natural
     mesh = storage.mesh or config.mesh
-    dims = {name: axes for name, axes in (storage.dims or {}).items()}
+    dims = dict((storage.dims or {}).items())
     for name, axes in dims.items():
         if name not in operand.dims:
             raise InvalidParameter(f"what {path!r} stores has no dim {name!r}; it has {[n for n in operand.dims if n]}")
@@ -191,24 +215,26 @@ def stored(path: str, operand: Operand, natural: Layout, config: OpConfig, stora
         dims = {name: tuple(axis for axis in axes if axis in mesh.sizes) for name, axes in dims.items()}
     if storage.shard:
         dims |= _sharded(path, operand, dims, storage.shard, mesh, shape)
-    whole = {name: interval for name, interval in zip(operand.dims, _hull(natural)) if name is not None}
+    whole = {name: interval for name, interval in zip(operand.dims, _hull(natural), strict=True) if name is not None}
     shards = []
     for i, device in enumerate(mesh.devices):
         box: Box = tuple(
             (0, extent) if name is None else cut(path, name, whole[name], dims.get(name, ()), mesh, i)
-            for name, extent in zip(operand.dims, shape)
+            for name, extent in zip(operand.dims, shape, strict=True)
         )
         shards.append(Shard(device, box))
     return Layout(tuple(shards))
 
 
-def _sharded(path: str, operand: Operand, dims: Mapping[str, Axes], extra: Axes, mesh: DeviceMesh, shape: tuple[int, ...]) -> dict[str, Axes]:
+def _sharded(
+    path: str, operand: Operand, dims: Mapping[str, Axes], extra: Axes, mesh: DeviceMesh, shape: tuple[int, ...]
+) -> dict[str, Axes]:
     """Add axes to the first dim whose pieces are long enough; none is (a short bias): the tensor stays as it is."""
     if unknown := [axis for axis in extra if axis not in mesh.sizes]:
         raise InvalidParameter(f"{path!r} is sharded over axes {unknown}, which its mesh {mesh.sizes} lacks")
     if {axis for axes in dims.values() for axis in axes} & set(extra):
         raise InvalidParameter(f"{path!r} is already split over {list(extra)}, over which its storage is to be sharded")
-    for name, extent in zip(operand.dims, shape):
+    for name, extent in zip(operand.dims, shape, strict=True):
         axes = (*dims.get(name or "", ()), *extra)
         if name is not None and math.prod(mesh.sizes[axis] for axis in axes) <= extent:
             return {name: axes}

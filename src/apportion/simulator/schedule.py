@@ -1,7 +1,7 @@
 """Which micro-batch of which stage each pipeline rank works on next: explicit lists, merged into one order. Knows no operators.
 
 GPipe (arXiv:1811.06965), 1F1B (PipeDream-Flush, arXiv:2006.09503) and its interleaved form (arXiv:2104.04473, section 2.2). With equal
-stages GPipe and 1F1B leave the same bubble (p - 1) / (m + p - 1); 1F1B holds at most p - rank micro-batches, `max_ongoing` any other number.
+stages GPipe and 1F1B leave the same bubble (p - 1) / (m + p - 1); 1F1B holds p - rank micro-batches at most, `max_ongoing` any number.
 """
 
 from __future__ import annotations
@@ -72,7 +72,7 @@ def merge(lists: Sequence[Sequence[Action]], needs: Callable[[Action], Sequence[
     """
     done: dict[Action, None] = {}
     at = [0] * len(lists)
-    while any(i < len(actions) for i, actions in zip(at, lists)):
+    while any(i < len(actions) for i, actions in zip(at, lists, strict=True)):
         progress = False
         for rank, actions in enumerate(lists):
             if at[rank] < len(actions) and all(need in done for need in needs(actions[at[rank]])):
@@ -85,7 +85,7 @@ def merge(lists: Sequence[Sequence[Action]], needs: Callable[[Action], Sequence[
             missing = next(need for need in needs(action) if need not in done)
             other = next((r for r, actions in enumerate(lists) if missing in actions), rank)
             raise InvalidParameter(
-                f"the schedule deadlocks: rank {rank} waits at {action.phase} of stage {action.stage}, micro-batch {action.micro_batch}, for"
-                f" {missing.phase} of stage {missing.stage}, micro-batch {missing.micro_batch}, which rank {other} does not reach"
+                f"the schedule deadlocks: rank {rank} waits at {action.phase} of stage {action.stage}, micro-batch {action.micro_batch},"
+                f" for {missing.phase} of stage {missing.stage}, micro-batch {missing.micro_batch}, which rank {other} does not reach"
             )
     return list(done)

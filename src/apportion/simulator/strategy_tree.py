@@ -165,5 +165,5 @@ def _matches(glob: list[str], path: list[str]) -> bool:
     if not glob:
         return not path
     if glob[0] == "**":
-        return _matches(glob[1:], path) or bool(path) and _matches(glob, path[1:])
+        return _matches(glob[1:], path) or (bool(path) and _matches(glob, path[1:]))
     return bool(path) and fnmatch.fnmatchcase(path[0], glob[0]) and _matches(glob[1:], path[1:])

@@ -32,24 +32,24 @@ class Builder:
         reads = [_names(part) for part in left.split(",")]
         extents = self._extents(path, inputs, reads, sizes or {})
         out = _names(right)
-        if unknown := [name for name in out if name not in extents]:
+        if unknown := [name for name in out if str(name) not in extents]:
             raise InvalidParameter(f"output dims {unknown} of {path!r} have no extent")
         dims = {name: (extent, _type(name, out, opaque.split())) for name, extent in extents.items()}
         if path in self.model.ops:
             raise InvalidParameter(f"two operators have the path {path!r}")
-        operands = tuple(Operand(tensor, names) for tensor, names in zip(inputs, reads))
+        operands = tuple(Operand(tensor, names) for tensor, names in zip(inputs, reads, strict=True))
         self.model.ops[path] = Op(path, kind, dims, operands, (Operand(path, out),), attrs)
         return self._tensor(path, tuple(extents[str(name)] for name in out), self.dtype, "activation")
 
     def _extents(
         self, path: str, inputs: Sequence[str], reads: Sequence[tuple[str | None, ...]], sizes: Mapping[str, int]
-    ) -> dict[str | None, int] | Any:
+    ) -> dict[str, int]:
         extents = dict(sizes)
         for tensor, names in zip(inputs, reads, strict=True):
             shape = self.model.tensors[tensor].shape
             if len(shape) != len(names):
                 raise InvalidParameter(f"{path!r} reads {tensor!r} of shape {shape} as {len(names)} dims")
-            for name, extent in zip(names, shape):
+            for name, extent in zip(names, shape, strict=True):
                 if name is not None and extents.setdefault(name, extent) != extent:
                     raise InvalidParameter(f"dim {name!r} of {path!r} is {extents[name]}, but {extent} in {tensor!r}")
         return extents

@@ -91,9 +91,7 @@ def resnet50(
     return net.classify(x)
 
 
-def inception(
-    batch: int, image: int = 224, classes: int = 1000, *, width: float = 1.0, blocks: int = 9, dtype: str = "float32"
-) -> Model:
+def inception(batch: int, image: int = 224, classes: int = 1000, *, width: float = 1.0, blocks: int = 9, dtype: str = "float32") -> Model:
     """Blocks of four branches that are concatenated (arXiv:1409.4842, figure 2b), of one size throughout: like, not equal to, Inception."""
     net = _Net("inception", batch, image, classes, width, dtype)
     x = net.conv("stem", net.x, net.channels(64), 7, 2)

@@ -89,9 +89,7 @@ def _moe(b: Builder, moe: MoeSpec, path: str, x: str, hidden: int, capacity_fact
     seq_len = b.model.tensors[x].shape[1]
     capacity = min(seq_len, max(1, math.ceil(capacity_factor * seq_len * moe.top_k / moe.num_experts)))
     logits = b.op(f"{path}.router", "einsum", "b s m, e m -> b s e", x, b.weight(f"{path}.router", moe.num_experts, hidden))
-    places = b.op(
-        f"{path}.route", "route", "b s e -> b s e c", logits, opaque="s e c", sizes={"c": capacity}, top_k=moe.top_k
-    )
+    places = b.op(f"{path}.route", "route", "b s e -> b s e c", logits, opaque="s e c", sizes={"c": capacity}, top_k=moe.top_k)
     taken = b.op(f"{path}.taken", "nonzero", "b s e c -> b s e c", places, opaque="s e c", stop_gradient=True)
     h = b.op(f"{path}.dispatch", "einsum", "b s m, b s e c -> b e c m", x, taken, role="dispatch")
     w = b.weight(f"{path}.experts.up", moe.num_experts, 2, moe.ffn, hidden)
