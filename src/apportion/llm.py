@@ -139,7 +139,7 @@ class LLM:
         """The prompt of a conversation. Errors: InvalidRequest when there is no template or it refuses the messages."""
         if not _is_list(messages):
             raise InvalidRequest(f"a chat is a list of messages, got {type(messages).__name__}")
-        template = self.tokenizer.compile_template(chat_template) if chat_template else self.tokenizer.chat_template
+        template = self.tokenizer.chat_template if chat_template is None else self.tokenizer.compile_template(chat_template)
         return template.render(messages, **variables)
 
     def get_tokenizer(self) -> Tokenizer:

@@ -232,3 +232,9 @@ def test_the_models_own_defaults_are_taken(bundled_model, tmp_path):
         assert (params.temperature, params.top_k, params.max_tokens) == (0.0, 5, 3)
         assert len(llm.generate(PROMPT)[0].outputs[0].token_ids) == 3
         assert text_of(llm, PROMPT, logit_bias={1: 100.0}).token_ids == [1], "every end token of the list stops"
+
+
+@pytest.mark.parametrize("template", [5, ""])
+def test_a_chat_template_is_text(llm, template):
+    with pytest.raises(InvalidRequest, match="a chat template is jinja2 text"):
+        llm.chat([{"role": "user", "content": "Hello"}], GREEDY, chat_template=template)
