@@ -4,7 +4,11 @@ VENV := .venv
 BIN := $(VENV)/bin
 SOURCES := $(shell find src csrc -type f ! -name '*.pyc' ! -name '*.so') pyproject.toml CMakeLists.txt
 
-.PHONY: demo test lint size bench ext
+# The server on the bundled model until Ctrl-C: make serve SERVE_ARGS='--port 9000'
+.PHONY: serve demo test lint size bench ext
+
+serve: $(VENV)/.installed
+	@exec $(BIN)/apportion serve $(SERVE_ARGS)
 
 demo: $(VENV)/.installed
 	@$(BIN)/apportion doctor
@@ -37,6 +41,12 @@ $(VENV)/.tools:
 $(VENV)/.installed: $(VENV)/.tools $(SOURCES)
 	PATH="$(CURDIR)/$(BIN):$$PATH" $(BIN)/pip install --quiet --disable-pip-version-check --no-build-isolation '.[dev]'
 	@touch $@
+
+# Every tile of every Triton kernel compiled for four GPUs, none of which need be there: the record in benchmarks/results.
+.PHONY: triton-sweep
+triton-sweep: $(VENV)/.installed
+	$(BIN)/pip install --quiet --disable-pip-version-check "triton==3.6.*"
+	$(BIN)/python scripts/triton_sweep.py
 
 # The CPU kernels, built into src/ so that the checkout runs without being installed.
 .PHONY: ext

@@ -7,6 +7,9 @@ from pathlib import Path
 
 import pytest
 
+from tests import triton_interpreter
+
+triton_interpreter.choose()
 SHARED_DATA = Path(os.environ.get("APPORTION_SHARED_DATA", Path(__file__).resolve().parents[2] / "shared" / "data"))
 
 

@@ -29,7 +29,7 @@ FLOORS = (
     ("cli",),
 )
 FLOOR = {room: floor for floor, rooms in enumerate(FLOORS) for room in rooms}
-FACE = {"llm", "__init__", "version"}  # modules directly in the package
+FACE = {"llm", "quantization", "__init__", "version"}  # modules directly in the package
 
 # Importing these must not import torch.
 CONTROL_PLANE = (

@@ -16,9 +16,12 @@ EXPORTED = {
     "EngineConfig",
     "LaneConfig",
     "Logprob",
+    "PoolingParams",
     "RequestOutput",
     "SamplingParams",
+    "StructuredOutputsParams",
     "__version__",
+    "quantize",
 }
 
 

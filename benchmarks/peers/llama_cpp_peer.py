@@ -12,6 +12,15 @@ from gguf_convert import convert
 from protocol import VOCAB, Timing, claim_stdout, serve
 
 MAX_TOKENS = 2048  # of one llama_decode call: 16 prompts of 128
+FILE_TYPES = {"q8_0": lib.LLAMA_FTYPE_MOSTLY_Q8_0, "q4_0": lib.LLAMA_FTYPE_MOSTLY_Q4_0}
+
+
+def quantize(source: Path, target: Path, dtype: str) -> None:
+    """As llama-quantize does it: Q4_0 keeps the output projection in Q6_K."""
+    params = lib.llama_model_quantize_default_params()
+    params.ftype = FILE_TYPES[dtype]
+    if status := lib.llama_model_quantize(str(source).encode(), str(target).encode(), params):
+        raise SystemExit(f"llama.cpp cannot quantize {source}: {status}")
 
 
 def main() -> None:
@@ -19,15 +28,19 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("model", type=Path)
     parser.add_argument("--threads", type=int, default=2)
-    parser.add_argument("--dtype", choices=("bf16", "f16"), default="bf16")
+    parser.add_argument("--dtype", choices=("bf16", "f16", *FILE_TYPES), default="bf16")
     parser.add_argument("--flash-attn", choices=("auto", "on", "off"), default="auto")
     parser.add_argument("--ubatch", type=int, default=512)
     args = parser.parse_args()
+    lib.llama_backend_init()
     path = args.model / f"model-{args.dtype}.gguf"
     if not path.exists():
-        convert(args.model, path, args.dtype)
-
-    lib.llama_backend_init()
+        wide = "bf16" if args.dtype in FILE_TYPES else args.dtype
+        source = args.model / f"model-{wide}.gguf"
+        if not source.exists():
+            convert(args.model, source, wide)
+        if args.dtype in FILE_TYPES:
+            quantize(source, path, args.dtype)
     model = lib.llama_model_load_from_file(str(path).encode(), lib.llama_model_default_params())
     if not model:
         raise SystemExit(f"llama.cpp cannot load {path}")

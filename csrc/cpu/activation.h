@@ -4,7 +4,8 @@
 
 namespace apportion::APPORTION_ISA {
 
-APPORTION_INLINE V gate(V g, V up) { return g / (set1(1.f) + exp(zero() - g)) * up; }
+// e^80 stands for all that is larger: 1 / (1 + e^80) is 0 beside 1, and its reciprocal is a normal number.
+APPORTION_INLINE V gate(V g, V up) { return g * reciprocal(set1(1.f) + exp(min(set1(80.f), zero() - g))) * up; }
 
 static inline void gate_row(const float* g, const float* up, float* out, int64_t n) {
   int64_t i = 0;

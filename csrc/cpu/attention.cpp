@@ -90,16 +90,17 @@ void PagedAttention::plan(Plan& plan, int num_requests) const {
 }
 
 void PagedAttention::write(Plan& plan, int64_t layer_offset, float* qkv, int64_t stride, const int32_t* positions, const float* cos_sin,
-                           const float* q_norm, const float* k_norm) const {
-  const WriteCall call{&shape_, arena_ + layer_offset, qkv, stride, positions, cos_sin, q_norm, k_norm};
+                           const float* q_norm, const float* k_norm, const float* scales) const {
+  const WriteCall call{&shape_, arena_ + layer_offset, qkv, stride, positions, cos_sin, q_norm, k_norm, scales};
   const auto kernel = (shape_.latent ? kernels_.write_latent : kernels_.write)[int(shape_.format)];
   const size_t bytes = kernels_.scratch_bytes(shape_);
   deal(team_, plan.writes.size(), plan.write_work, [&](int64_t i, int thread) { kernel(call, plan.writes[i], team_.local(thread, bytes)); });
 }
 
-void PagedAttention::run(Plan& plan, int64_t layer_offset, const float* q, int64_t q_stride, float* out, int64_t out_stride) const {
+void PagedAttention::run(Plan& plan, int64_t layer_offset, const float* q, int64_t q_stride, float* out, int64_t out_stride,
+                         const float* scales) const {
   float* workspace = plan.workspace_floats ? reinterpret_cast<float*>(team_.shared(plan.workspace_floats * sizeof(float))) : nullptr;
-  const RunCall call{&shape_, arena_ + layer_offset, q, q_stride, out, out_stride, &plan, workspace};
+  const RunCall call{&shape_, arena_ + layer_offset, q, q_stride, out, out_stride, &plan, workspace, scales};
   const auto kernel = (shape_.latent ? kernels_.run_latent : kernels_.run)[int(shape_.format)];
   const size_t bytes = kernels_.scratch_bytes(shape_);
   deal(team_, plan.items.size(), plan.run_work, [&](int64_t i, int thread) {

@@ -26,8 +26,8 @@ constexpr int CHUNK = 64;        // tokens between two updates of the running ma
 constexpr int PARTITION = 1024;  // kernels/ops.PARTITION_LEN
 constexpr int ROWS = 32;         // rows of a tile
 
-enum class Format { FP32, BF16, FP16 };
-constexpr int NUM_FORMATS = 3;
+enum class Format { FP32, BF16, FP16, E4M3, E5M2 };
+constexpr int NUM_FORMATS = 5;
 
 // One layer group (kernels/ops.AttentionSpec).
 struct Shape {
@@ -40,7 +40,8 @@ struct Shape {
   bool interleaved;
   float qk_norm_eps;
 
-  int lanes() const { return format == Format::FP32 ? 1 : 2; }
+  int lanes() const { return format == Format::FP32 ? 1 : format >= Format::E4M3 ? 4 : 2; }
+  float unit() const { return format == Format::E4M3 ? 256.f : 1.f; }  // what unpacked numbers are to be multiplied by
   int group() const { return num_heads / num_kv_heads; }
   int64_t k_head_bytes() const { return int64_t(head_dim) / lanes() * block_size * 4; }
   int64_t v_head_bytes() const { return int64_t(block_size) / lanes() * v_width() * 4; }
@@ -83,6 +84,12 @@ struct Plan {
   std::vector<Merge> merges;
   std::vector<int> pending;  // items still to end, per merge; counted down atomically
   int64_t workspace_floats = 0;
+
+  // Empty, its memory kept for the next step.
+  void clear() {
+    writes.clear(), items.clear(), merges.clear(), pending.clear();
+    write_work = run_work = workspace_floats = 0;
+  }
 };
 
 // Storage of one row of a partition or a total: Dv accumulators, then the maximum, then the sum.
@@ -98,6 +105,7 @@ struct WriteCall {
   const float* cos_sin;
   const float* q_norm;
   const float* k_norm;
+  const float* scales;  // of keys, then of values, one a kv head; null: 1
 };
 
 struct RunCall {
@@ -109,6 +117,7 @@ struct RunCall {
   int64_t out_stride;
   const Plan* plan;
   float* workspace;
+  const float* scales;  // as in WriteCall
 };
 
 // What one instruction set supplies, per format.
@@ -129,10 +138,11 @@ struct Kernels {
 class PagedAttention {
  public:
   PagedAttention(ThreadTeam& team, const Shape& shape, std::byte* arena);
+  ThreadTeam& team() const { return team_; }
   void plan(Plan& plan, int num_requests) const;
   void write(Plan& plan, int64_t layer_offset, float* qkv, int64_t stride, const int32_t* positions, const float* cos_sin, const float* q_norm,
-             const float* k_norm) const;
-  void run(Plan& plan, int64_t layer_offset, const float* q, int64_t q_stride, float* out, int64_t out_stride) const;
+             const float* k_norm, const float* scales) const;
+  void run(Plan& plan, int64_t layer_offset, const float* q, int64_t q_stride, float* out, int64_t out_stride, const float* scales) const;
 
  private:
   ThreadTeam& team_;

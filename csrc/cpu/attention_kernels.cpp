@@ -187,6 +187,10 @@ void put_lane(uint32_t* row, const uint32_t* codes, int n, int lane) {
   for (int c = 0; c < n; ++c) row[c] = (row[c] & keep) | codes[c] << (lane * BITS);
 }
 
+APPORTION_INLINE void divide(float* to, const float* x, int n, float scale) {
+  for (int i = 0; i < n; ++i) to[i] = x[i] / scale;
+}
+
 // x [n] -> codes; x and codes are padded to WIDTH.
 template <typename F>
 APPORTION_INLINE void encode(const float* x, uint32_t* codes, int n) {
@@ -228,6 +232,7 @@ void write(const WriteCall& call, const WriteItem& item, std::byte* scratch) {
       std::memcpy(key, k + h * s.head_dim, s.head_dim * sizeof(float));
       if (call.k_norm) normalize_head(key, call.k_norm, s.head_dim, s.qk_norm_eps);
       rotate_head(key, cs, s.rotary_dim, s.interleaved);
+      if (call.scales) divide(key, key, s.head_dim, call.scales[h]);
       encode<F>(key, codes, s.head_dim);
       uint32_t* column = reinterpret_cast<uint32_t*>(block + h * s.k_head_bytes()) + slot;
       for (int d = 0; d < s.head_dim; d += F::LANES, column += s.block_size) {
@@ -235,16 +240,23 @@ void write(const WriteCall& call, const WriteItem& item, std::byte* scratch) {
         for (int j = 0; j < F::LANES; ++j) dword |= codes[d + j] << (j * (32 / F::LANES));
         *column = dword;
       }
-      store_values<F>(s, block, v + h * s.v_head_dim, h, slot, codes);
+      const float* value = v + h * s.v_head_dim;
+      if (call.scales) divide(key, value, s.v_head_dim, call.scales[s.num_kv_heads + h]), value = key;
+      store_values<F>(s, block, value, h, slot, codes);
     }
   }
 }
 
 template <typename F>
 void write_latent(const WriteCall& call, const WriteItem& item, std::byte* scratch) {
-  for (int i = 0; i < item.count; ++i)
-    store_values<F>(*call.shape, call.layer + item.block_bytes, call.qkv + (item.row + i) * call.stride, 0, item.slot + i,
-                    reinterpret_cast<uint32_t*>(scratch));
+  const Shape& s = *call.shape;
+  float* scaled = reinterpret_cast<float*>(scratch);
+  uint32_t* codes = reinterpret_cast<uint32_t*>(scaled + padded(s.head_dim));
+  for (int i = 0; i < item.count; ++i) {
+    const float* latent = call.qkv + (item.row + i) * call.stride;
+    if (call.scales) divide(scaled, latent, s.head_dim, call.scales[0]), latent = scaled;
+    store_values<F>(s, call.layer + item.block_bytes, latent, 0, item.slot + i, codes);
+  }
 }
 
 void rotate(float* x, int64_t row_stride, int64_t head_stride, int rows, int heads, int rotary_dim, const int32_t* positions,
@@ -271,10 +283,10 @@ size_t scratch_bytes(const Shape& shape) { return tile_bytes(shape); }
 
 extern const Kernels attention_kernels;
 const Kernels attention_kernels = {
-    .write = {write<Fp32>, write<Bf16>, write<Fp16>},
-    .write_latent = {write_latent<Fp32>, write_latent<Bf16>, write_latent<Fp16>},
-    .run = {run<Fp32>, run<Bf16>, run<Fp16>},
-    .run_latent = {run_latent<Fp32>, run_latent<Bf16>, run_latent<Fp16>},
+    .write = {write<Fp32>, write<Bf16>, write<Fp16>, write<E4m3>, write<E5m2>},
+    .write_latent = {write_latent<Fp32>, write_latent<Bf16>, write_latent<Fp16>, write_latent<E4m3>, write_latent<E5m2>},
+    .run = {run<Fp32>, run<Bf16>, run<Fp16>, run<E4m3>, run<E5m2>},
+    .run_latent = {run_latent<Fp32>, run_latent<Bf16>, run_latent<Fp16>, run_latent<E4m3>, run_latent<E5m2>},
     .merge = merge_partitions,
     .rotate = rotate,
     .scratch_bytes = scratch_bytes,

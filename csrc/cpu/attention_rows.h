@@ -84,7 +84,8 @@ APPORTION_INLINE void load_tile(Tile& tile, const RunCall& call, const Item& ite
   for (int r = 0; r < tile.rows; ++r) {
     const int row = item.first_row + r % item.num_rows, head = (item.kv_head + r / item.num_rows) * group + row % group;
     const float* q = call.q + (first + row / group) * call.q_stride + head * shape.head_dim;
-    std::memcpy(tile.q + r * tile.q_stride, q, shape.head_dim * sizeof(float));
+    const float factor = shape.unit() * (call.scales ? call.scales[item.kv_head + r / item.num_rows] : 1.f);
+    for (int c = 0; c < shape.head_dim; ++c) tile.q[r * tile.q_stride + c] = q[c] * factor;
     std::memset(tile.q + r * tile.q_stride + shape.head_dim, 0, (tile.q_stride - shape.head_dim) * sizeof(float));
     tile.high[r] = start + row / group + 1;
     tile.low[r] = shape.window ? std::max(0, tile.high[r] - shape.window) : 0;
@@ -204,7 +205,8 @@ APPORTION_INLINE void write_row(const RunCall& call, const Item& item, int r, co
   const int64_t token = call.plan->query_start_loc[item.request] + row / group;
   float* out = call.out + token * call.out_stride + head * int64_t(width);
   const V norm = set1(total[padded(width) + 1]);
-  for (int c = 0; c < width; c += WIDTH) store_n(out + c, load(total + c) / norm, width - c);
+  const V factor = set1(shape.unit() * (call.scales ? call.scales[shape.num_kv_heads + item.kv_head + r / item.num_rows] : 1.f));
+  for (int c = 0; c < width; c += WIDTH) store_n(out + c, load(total + c) / norm * factor, width - c);
 }
 
 template <typename Method>

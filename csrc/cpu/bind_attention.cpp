@@ -8,6 +8,7 @@
 
 #include "attention.h"
 #include "kernel_table.h"
+#include "recording.h"
 #include "thread_team.h"
 
 namespace nb = nanobind;
@@ -28,6 +29,8 @@ Format parse_format(const std::string& name) {
   if (name == "float32") return Format::FP32;
   if (name == "bfloat16") return Format::BF16;
   if (name == "float16") return Format::FP16;
+  if (name == "fp8_e4m3") return Format::E4M3;
+  if (name == "fp8_e5m2") return Format::E5M2;
   throw std::invalid_argument("the CPU attention kernels have no KV format '" + name + "'.");
 }
 
@@ -44,12 +47,13 @@ class Rotary {
 
   void rotate(Address x, int64_t row_stride, int64_t head_stride, int rows, int heads, int rotary_dim, Address positions, Address cos_sin,
               bool interleaved) const {
-    nb::gil_scoped_release release;
-    const int rows_per_item = std::max(1, 4096 / (heads * rotary_dim));
-    team_.run((rows + rows_per_item - 1) / rows_per_item, [&](int64_t item, int) {
-      const int64_t first = item * rows_per_item;
-      rotate_(at<float>(x) + first * row_stride, row_stride, head_stride, int(std::min<int64_t>(rows_per_item, rows - first)), heads, rotary_dim,
-              at<const int32_t>(positions) + first, at<const float>(cos_sin), interleaved);
+    perform(team_, [=, this] {
+      const int rows_per_item = std::max(1, 4096 / (heads * rotary_dim));
+      team_.run((rows + rows_per_item - 1) / rows_per_item, [&](int64_t item, int) {
+        const int64_t first = item * rows_per_item;
+        rotate_(at<float>(x) + first * row_stride, row_stride, head_stride, int(std::min<int64_t>(rows_per_item, rows - first)), heads,
+                rotary_dim, at<const int32_t>(positions) + first, at<const float>(cos_sin), interleaved);
+      });
     });
   }
 
@@ -64,6 +68,7 @@ void bind_attention(nb::module_& m) {
   m.def("attention_limits", &limits, "{'span': what block sizes are multiples of, 'partition_len': tokens of a partition}");
 
   nb::class_<Plan>(m, "AttentionPlan", "The work items of one step for one layer group.")
+      .def(nb::init<>())
       .def_prop_ro("num_items", [](const Plan& plan) { return plan.items.size(); })
       .def_prop_ro("num_merges", [](const Plan& plan) { return plan.merges.size(); });
 
@@ -80,26 +85,28 @@ void bind_attention(nb::module_& m) {
           nb::keep_alive<1, 2>(), "team"_a, nb::kw_only(), "arena"_a, "format"_a, "num_heads"_a, "num_kv_heads"_a, "head_dim"_a,
           "v_head_dim"_a, "block_size"_a, "window"_a, "latent"_a, "scale"_a, "rotary_dim"_a, "interleaved"_a, "qk_norm_eps"_a)
       .def("plan",
-           [](const PagedAttention& self, Address query_start_loc, Address seq_lens, Address block_table, int64_t stride, int num_requests) {
-             auto* plan = new Plan;
-             plan->query_start_loc = at<const int32_t>(query_start_loc);
-             plan->seq_lens = at<const int32_t>(seq_lens);
-             plan->block_table = at<const int32_t>(block_table);
-             plan->block_table_stride = stride;
-             self.plan(*plan, num_requests);
-             return plan;
-           },
-           nb::rv_policy::take_ownership)
+           [](const PagedAttention& self, Plan& plan, Address query_start_loc, Address seq_lens, Address block_table, int64_t stride,
+              int num_requests) {
+             plan.clear();
+             plan.query_start_loc = at<const int32_t>(query_start_loc);
+             plan.seq_lens = at<const int32_t>(seq_lens);
+             plan.block_table = at<const int32_t>(block_table);
+             plan.block_table_stride = stride;
+             self.plan(plan, num_requests);
+           })
       .def("write",
            [](const PagedAttention& self, Plan& plan, int64_t layer_offset, Address qkv, int64_t stride, Address positions, Address cos_sin,
-              Address q_norm, Address k_norm) {
-             nb::gil_scoped_release release;
-             self.write(plan, layer_offset, at<float>(qkv), stride, at<const int32_t>(positions), at<const float>(cos_sin),
-                        at<const float>(q_norm), at<const float>(k_norm));
+              Address q_norm, Address k_norm, Address scales) {
+             perform(self.team(), [=, &self, &plan] {
+               self.write(plan, layer_offset, at<float>(qkv), stride, at<const int32_t>(positions), at<const float>(cos_sin),
+                          at<const float>(q_norm), at<const float>(k_norm), at<const float>(scales));
+             });
            })
-      .def("run", [](const PagedAttention& self, Plan& plan, int64_t layer_offset, Address q, int64_t q_stride, Address out, int64_t out_stride) {
-        nb::gil_scoped_release release;
-        self.run(plan, layer_offset, at<const float>(q), q_stride, at<float>(out), out_stride);
+      .def("run", [](const PagedAttention& self, Plan& plan, int64_t layer_offset, Address q, int64_t q_stride, Address out, int64_t out_stride,
+                     Address scales) {
+        perform(self.team(), [=, &self, &plan] {
+          self.run(plan, layer_offset, at<const float>(q), q_stride, at<float>(out), out_stride, at<const float>(scales));
+        });
       });
 
   nb::class_<Rotary>(m, "Rotary", "Rotary embedding in place.").def(nb::init<ThreadTeam&>(), "team"_a, nb::keep_alive<1, 2>()).def("rotate", &Rotary::rotate);

@@ -3,6 +3,7 @@
 
 #include "elementwise.h"
 #include "kernel_table.h"
+#include "recording.h"
 
 namespace nb = nanobind;
 using namespace nb::literals;
@@ -18,24 +19,22 @@ class Elementwise {
   explicit Elementwise(ThreadTeam& team) : kernels_(kernels().elementwise), team_(team) {}
 
   void rms_norm(uintptr_t x, int64_t x_stride, uintptr_t weight, float eps, uintptr_t out, int64_t out_stride, int64_t rows, int64_t M) const {
-    nb::gil_scoped_release release;
-    kernels_->rms_norm(team_, floats(x), x_stride, nullptr, 0, floats(weight), eps, floats(out), out_stride, rows, M);
+    perform(team_, [=, this] { kernels_->rms_norm(team_, floats(x), x_stride, nullptr, 0, floats(weight), eps, floats(out), out_stride, rows, M); });
   }
 
   void add_rms_norm(uintptr_t x, int64_t x_stride, uintptr_t residual, int64_t residual_stride, uintptr_t weight, float eps, uintptr_t out,
                     int64_t rows, int64_t M) const {
-    nb::gil_scoped_release release;
-    kernels_->rms_norm(team_, floats(x), x_stride, floats(residual), residual_stride, floats(weight), eps, floats(out), M, rows, M);
+    perform(team_, [=, this] {
+      kernels_->rms_norm(team_, floats(x), x_stride, floats(residual), residual_stride, floats(weight), eps, floats(out), M, rows, M);
+    });
   }
 
   void silu_mul(uintptr_t x, int64_t x_stride, uintptr_t out, int64_t out_stride, int64_t rows, int64_t F) const {
-    nb::gil_scoped_release release;
-    kernels_->silu_mul(team_, floats(x), x_stride, floats(out), out_stride, rows, F);
+    perform(team_, [=, this] { kernels_->silu_mul(team_, floats(x), x_stride, floats(out), out_stride, rows, F); });
   }
 
   void route(const Route& route, uintptr_t logits, int64_t stride, uintptr_t ids, uintptr_t weights, int64_t rows) const {
-    nb::gil_scoped_release release;
-    kernels_->route(team_, route, floats(logits), stride, reinterpret_cast<int32_t*>(ids), floats(weights), rows);
+    perform(team_, [=, this] { kernels_->route(team_, route, floats(logits), stride, reinterpret_cast<int32_t*>(ids), floats(weights), rows); });
   }
 
  private:

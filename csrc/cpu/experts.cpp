@@ -12,7 +12,6 @@ namespace apportion::APPORTION_ISA {
 namespace {
 
 constexpr int64_t PAIRS_AT_A_TIME = 4096;  // (token, expert) pairs whose intermediates are held at once
-constexpr int64_t CHUNK_ROWS = 64;         // rows of gate and up products kept in L1 until they are combined; whole tile blocks
 
 // The pairs of one pass, sorted by expert; all arrays lie in the team's shared scratch.
 struct Pass {
@@ -21,25 +20,44 @@ struct Pass {
   int32_t* start;     // [num_experts + 1]: pairs start[e] .. start[e + 1] belong to expert e
   int32_t* token;     // [pairs] by sorted position
   int32_t* position;  // [rows, top_k]: sorted position of a choice, -1 where it is skipped
-  float *x, *hidden, *parts;  // [pairs, padded M], [pairs, padded F], [pairs, M]; x and hidden as bf16 tiles where tiles are used
+  float *x, *up_x, *hidden, *parts;  // of each pair: x as its expert's gate takes it and, where that differs, up; what down takes; y
+  float* plain_hidden;               // hidden rows [pairs, padded F] that are rounded or reordered for down
+  int64_t x_floats, up_floats, hidden_floats;  // of a pair
+  bool copies_hidden;
 };
 
-int64_t aligned(int64_t bytes) { return (bytes + 63) / 64 * 64; }
+// How the rows of one expert are made.
+struct ExpertForms {
+  RowForm gate, up, down;
+  explicit ExpertForms(const Expert& expert) : gate(row_form(expert.gate)), up(row_form(expert.up)), down(row_form(expert.down)) {}
+  bool one() const { return gate == up; }
+};
 
-Pass make_pass(ThreadTeam& team, int64_t num_experts, int64_t M, int64_t F, int64_t rows, int64_t top_k) {
+Pass make_pass(ThreadTeam& team, const Expert* experts, int64_t num_experts, int64_t M, int64_t F, int64_t rows, int64_t top_k) {
   const int64_t pairs = rows * top_k;
-  const int64_t sizes[] = {num_experts * 4, (num_experts + 1) * 4, pairs * 4, pairs * 4, pairs * padded(M) * 4, pairs * padded(F) * 4, pairs * M * 4};
+  int64_t x_floats = 0, up_floats = 0, hidden_floats = 0, plain_floats = 0;
+  for (int64_t e = 0; e < num_experts; ++e) {
+    const ExpertForms forms(experts[e]);
+    x_floats = larger(x_floats, forms.gate.row_floats());
+    if (!forms.one()) up_floats = larger(up_floats, forms.up.row_floats());
+    hidden_floats = larger(hidden_floats, forms.down.row_floats());
+    if (!forms.down.plain()) plain_floats = padded(F);
+  }
+  for (int64_t* floats : {&x_floats, &up_floats, &hidden_floats}) *floats = ceil_div(*floats, 16) * 16;
+  const int64_t sizes[] = {num_experts * 4,      (num_experts + 1) * 4,     pairs * 4,     pairs * 4,           pairs * x_floats * 4,
+                           pairs * up_floats * 4, pairs * hidden_floats * 4, pairs * M * 4, pairs * plain_floats * 4};
+  constexpr int COUNT = sizeof(sizes) / sizeof(sizes[0]);
   int64_t total = 0;
   for (int64_t size : sizes) total += aligned(size);
   std::byte* memory = team.shared(size_t(total));
-  std::byte* parts[7];
-  for (int i = 0; i < 7; ++i) {
+  std::byte* parts[COUNT];
+  for (int i = 0; i < COUNT; ++i) {
     parts[i] = memory;
     memory += aligned(sizes[i]);
   }
   const auto ints = [&](int i) { return reinterpret_cast<int32_t*>(parts[i]); };
   const auto floats = [&](int i) { return reinterpret_cast<float*>(parts[i]); };
-  return {ints(0), 0, ints(1), ints(2), ints(3), floats(4), floats(5), floats(6)};
+  return {ints(0), 0, ints(1), ints(2), ints(3), floats(4), floats(5), floats(6), floats(7), floats(8), x_floats, up_floats, hidden_floats, plain_floats > 0};
 }
 
 void sort_by_expert(Pass& pass, int64_t num_experts, const int32_t* ids, int64_t rows, int64_t top_k) {
@@ -58,75 +76,71 @@ void sort_by_expert(Pass& pass, int64_t num_experts, const int32_t* ids, int64_t
   pass.start[0] = 0;
 }
 
-// The rows of one expert from `row` on, `stored` of `width` channels.
-Rows rows_of(const float* stored, int64_t width, int64_t row, int64_t count) {
-  const uint16_t* tiles = reinterpret_cast<const uint16_t*>(stored) + row * width;
-  return {stored + row * width, width, tiles, count};
+// All rows of one expert into the copy at `memory`; address(r) is where row r is.
+template <typename Address>
+void copy_rows(ThreadTeam& team, int thread, const RowForm& form, Address&& address, int64_t count, float* memory) {
+  float* gathered = form.order == nullptr ? nullptr : reinterpret_cast<float*>(team.local(thread, size_t(form.C) * sizeof(float)));
+  for (int64_t block = 0; block * ROW_BLOCK < count; ++block) copy_block(form, address, count, block, memory, gathered);
 }
 
-void gather_rows(const Pass& pass, const Expert& expert, int64_t first, int64_t count, int64_t M, const float* x, int64_t x_stride) {
-  float* target = pass.x + first * padded(M);
-  const auto row = [&](int64_t r) { return x + pass.token[first + r] * x_stride; };
+// 32 channels of silu(gate) * up for `n` rows from row `row` of the expert's `count`, as tiles where `tiles`.
+void store_hidden(bool tiles, int64_t F, const float* gates, const float* ups, int64_t row, int64_t n, int64_t count, int64_t p, float* hidden) {
 #if defined(__AMX_BF16__)
-  if (uses_tiles(expert.gate.dtype)) {
-    for (int64_t block = 0; block * TILE_ROWS < count; ++block) copy_tile_block(row, count, M, block, reinterpret_cast<uint16_t*>(target));
-    return;
-  }
-#endif
-  (void)expert;
-  for (int64_t r = 0; r < count; ++r) std::memcpy(target + r * padded(M), row(r), size_t(M) * sizeof(float));
-}
-
-// 32 channels of silu(gate) * up for `n` rows from row `row` of the expert's `count`.
-void store_hidden(const Expert& expert, const float* gates, const float* ups, int64_t row, int64_t n, int64_t count, int64_t p, float* hidden) {
-  const int64_t F = padded(expert.down.C);
-#if defined(__AMX_BF16__)
-  if (uses_tiles(expert.down.dtype)) {
-    uint16_t* tiles = reinterpret_cast<uint16_t*>(hidden);
+  if (tiles) {
+    uint16_t* out = reinterpret_cast<uint16_t*>(hidden);
     for (int64_t r = 0; r < n; ++r) {
       const int64_t block = (row + r) / TILE_ROWS, in_block = (row + r) % TILE_ROWS, height = smaller(TILE_ROWS, count - block * TILE_ROWS);
       const float *g = gates + r * PANEL, *u = ups + r * PANEL;
-      store_tile_row(tiles + block * TILE_ROWS * F + (p * height + in_block) * TILE_K, gate(load(g), load(u)), gate(load(g + WIDTH), load(u + WIDTH)));
+      store_tile_row(out + block * TILE_ROWS * F + (p * height + in_block) * TILE_K, gate(load(g), load(u)), gate(load(g + WIDTH), load(u + WIDTH)));
     }
     return;
   }
 #endif
-  (void)count;
+  (void)tiles, (void)count;
   for (int64_t r = 0; r < n; ++r) gate_row(gates + r * PANEL, ups + r * PANEL, hidden + (row + r) * F + p * PANEL, PANEL);
 }
 
 void run_pass(ThreadTeam& team, const Expert* experts, int64_t num_experts, int64_t M, int64_t F, const float* x, int64_t x_stride,
               const int32_t* ids, const float* weights, int64_t top_k, float* y, int64_t rows) {
-  Pass pass = make_pass(team, num_experts, M, F, rows, top_k);
+  Pass pass = make_pass(team, experts, num_experts, M, F, rows, top_k);
   sort_by_expert(pass, num_experts, ids, rows, top_k);
   const int64_t pairs = pass.start[num_experts], wide_M = padded(M), wide_F = padded(F);
   const auto first = [&](int64_t e) { return int64_t(pass.start[e]); };
   const auto count = [&](int64_t e) { return int64_t(pass.start[e + 1] - pass.start[e]); };
 
-  share(team, pass.num_active, pairs * M, [&](int64_t item, int) {
+  share(team, pass.num_active, pairs * M, [&](int64_t item, int thread) {
     const int64_t e = pass.active[item];
-    gather_rows(pass, experts[e], first(e), count(e), M, x, x_stride);
+    const ExpertForms forms(experts[e]);
+    const auto address = [&](int64_t r) { return x + pass.token[first(e) + r] * x_stride; };
+    copy_rows(team, thread, forms.gate, address, count(e), pass.x + first(e) * pass.x_floats);
+    if (!forms.one()) copy_rows(team, thread, forms.up, address, count(e), pass.up_x + first(e) * pass.up_floats);
   });
   const int64_t hidden_panels = wide_F / PANEL;
   share(team, pass.num_active * hidden_panels, pairs * M * F, [&](int64_t item, int thread) {
     const int64_t e = pass.active[item / hidden_panels], p = item % hidden_panels;
     const Expert& expert = experts[e];
-    float* scratch = reinterpret_cast<float*>(team.local(thread, size_t(K_BLOCK + 2 * CHUNK_ROWS) * PANEL * sizeof(float)));
-    float *gates = scratch + K_BLOCK * PANEL, *ups = gates + CHUNK_ROWS * PANEL;
-    PackedMatrix gate = expert.gate, up = expert.up;
-    gate.N = up.N = wide_F;  // the padding is zeros: its channels come out as zeros
-    for (int64_t row = 0; row < count(e); row += CHUNK_ROWS) {
-      const int64_t n = smaller(CHUNK_ROWS, count(e) - row);
-      const Rows chunk = rows_of(pass.x + first(e) * wide_M, wide_M, row, n);
-      multiply_panel(gate, p, chunk, gates, PANEL, scratch);
-      multiply_panel(up, p, chunk, ups, PANEL, scratch);
-      store_hidden(expert, gates, ups, row, n, count(e), p, pass.hidden + first(e) * wide_F);
-    }
+    const ExpertForms forms(expert);
+    const Rows gate_rows = copied_rows(forms.gate, pass.x + first(e) * pass.x_floats, count(e));
+    const Rows up_rows = forms.one() ? gate_rows : copied_rows(forms.up, pass.up_x + first(e) * pass.up_floats, count(e));
+    const bool plain = forms.down.plain();
+    float* hidden = plain ? pass.hidden + first(e) * pass.hidden_floats : pass.plain_hidden + first(e) * wide_F;
+    multiply_gated_panel(team, thread, expert.gate, expert.up, p, gate_rows, up_rows, [&](int64_t row, int64_t n, const float* gates, const float* ups) {
+      store_hidden(plain && forms.down.tiles, wide_F, gates, ups, row, n, count(e), p, hidden);
+    });
   });
+  if (pass.copies_hidden) {
+    share(team, pass.num_active, pairs * F, [&](int64_t item, int thread) {
+      const int64_t e = pass.active[item];
+      const RowForm form = row_form(experts[e].down);
+      if (form.plain()) return;
+      const float* hidden = pass.plain_hidden + first(e) * wide_F;
+      copy_rows(team, thread, form, [&](int64_t r) { return hidden + r * wide_F; }, count(e), pass.hidden + first(e) * pass.hidden_floats);
+    });
+  }
   const int64_t out_panels = wide_M / PANEL;
   share(team, pass.num_active * out_panels, pairs * M * F, [&](int64_t item, int thread) {
     const int64_t e = pass.active[item / out_panels], p = item % out_panels;
-    const Rows all = rows_of(pass.hidden + first(e) * wide_F, wide_F, 0, count(e));
+    const Rows all = copied_rows(row_form(experts[e].down), pass.hidden + first(e) * pass.hidden_floats, count(e));
     multiply_panel(experts[e].down, p, all, pass.parts + first(e) * M + p * PANEL, M, panel_scratch(team, thread));
   });
   share(team, rows, rows * top_k * M, [&](int64_t row, int) {

@@ -95,11 +95,13 @@ std::vector<Candidate> detect() {
                                     {zmm, "zmm state"}}),
                    &isa_avx512::table});
   const bool avx512 = found.back().state.available;
-  const bool amx = avx512 && (seven.d >> 24 & 1) && (seven.d >> 22 & 1) && tile;
+  const bool amx = avx512 && (seven.d >> 24 & 1) && (seven.d >> 22 & 1) && (seven.d >> 25 & 1) && tile;
   found.push_back({judge("amx", {{avx512, "avx512"},
                                  {bool(seven_one.a >> 5 & 1), "avx512_bf16"},
+                                 {bool(seven.c >> 1 & 1), "avx512_vbmi"},
                                  {bool(seven.d >> 24 & 1), "amx_tile"},
                                  {bool(seven.d >> 22 & 1), "amx_bf16"},
+                                 {bool(seven.d >> 25 & 1), "amx_int8"},
                                  {tile, "tile state"},
                                  {amx && request_tiles(), "the kernel's permission for tiles"}}),
                    &isa_amx::table});

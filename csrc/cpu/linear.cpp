@@ -1,6 +1,7 @@
 // Linears over packed panels, packing, and the gather of rows: work items for the team. See linear.h for the layout.
 #include "linear.h"
 
+#include "activation.h"
 #include "kernel_table.h"
 #include "panel_product.h"
 
@@ -10,47 +11,54 @@ namespace {
 
 // ---- multiply ---------------------------------------------------------------------------------------------------------------
 
-// Rows of x that stay in L2 while all panels pass over them.
-int64_t rows_at_a_time(int64_t rows, int64_t C) {
-  const int64_t fit = larger(BLOCK_ROWS * 4, (int64_t(1) << 18) / C / BLOCK_ROWS * BLOCK_ROWS);
-  return smaller(rows, fit);
+constexpr int64_t COPY_BYTES = 3 << 19;
+
+// Rows of x that stay in L2 while all panels pass over them; in matrix tiles they fill whole pairs of blocks.
+int64_t rows_at_a_time(const RowForm& form, int64_t rows) {
+  if (!form.tiles) return smaller(rows, larger(BLOCK_ROWS * 4, (int64_t(1) << 18) / form.C / BLOCK_ROWS * BLOCK_ROWS));
+  const int64_t most = larger(4, COPY_BYTES / (form.row_floats() * 4) / ROW_BLOCK) * ROW_BLOCK;
+  return ceil_div(ceil_div(rows, ceil_div(rows, most)), 2 * ROW_BLOCK) * 2 * ROW_BLOCK;
 }
 
-void multiply_vectors(ThreadTeam& team, const PackedMatrix& w, const float* x, int64_t x_stride, float* y, int64_t y_stride, int64_t rows) {
-  const int64_t chunk = rows_at_a_time(rows, w.C);
-  for (int64_t row = 0; row < rows; row += chunk) {
-    const int64_t n = smaller(chunk, rows - row);
-    share(team, w.num_panels(), n * w.N * w.C, [&](int64_t p, int thread) {
-      multiply_panel(w, p, Rows{x + row * x_stride, x_stride, nullptr, n}, y + row * y_stride + p * PANEL, y_stride,
-                     panel_scratch(team, thread));
+// f(rows, their first) for pieces of x, copied by the team where the form wants it.
+template <typename F>
+void in_pieces(ThreadTeam& team, const RowForm& form, const float* x, int64_t x_stride, int64_t rows, F&& f) {
+  const int64_t piece = rows_at_a_time(form, rows);
+  for (int64_t row = 0; row < rows; row += piece) {
+    const int64_t n = smaller(piece, rows - row);
+    const float* from = x + row * x_stride;
+    if (!form.copied()) {
+      f(Rows{from, x_stride, nullptr, 0, n}, row);
+      continue;
+    }
+    float* copy = reinterpret_cast<float*>(team.shared(size_t(n * form.row_floats()) * sizeof(float)));
+    share(team, ceil_div(n, ROW_BLOCK), n * form.C, [&](int64_t block, int thread) {
+      float* gathered = form.order == nullptr ? nullptr : reinterpret_cast<float*>(team.local(thread, size_t(form.C) * sizeof(float)));
+      copy_block(form, [&](int64_t r) { return from + r * x_stride; }, n, block, copy, gathered);
     });
+    f(copied_rows(form, copy, n), row);
   }
 }
-
-#if defined(__AMX_BF16__)
-constexpr int64_t TILE_COPY_BYTES = 1 << 20;  // of bf16 rows that stay in L2 while the panels pass
-
-void multiply_tiles(ThreadTeam& team, const PackedMatrix& w, const float* x, int64_t x_stride, float* y, int64_t y_stride, int64_t rows) {
-  const int64_t fit = larger(4 * TILE_ROWS, TILE_COPY_BYTES / int64_t(tile_copy_bytes(TILE_ROWS, w.C)) * TILE_ROWS);
-  for (int64_t row = 0; row < rows; row += fit) {
-    const int64_t n = smaller(fit, rows - row);
-    uint16_t* tiles = reinterpret_cast<uint16_t*>(team.shared(tile_copy_bytes(n, w.C)));
-    const float* x_rows = x + row * x_stride;
-    share(team, ceil_div(n, TILE_ROWS), n * w.C, [&](int64_t block, int) {
-      copy_tile_block([&](int64_t r) { return x_rows + r * x_stride; }, n, w.C, block, tiles);
-    });
-    share(team, w.num_panels(), n * w.N * w.C, [&](int64_t p, int thread) {
-      multiply_panel_tiles(w, p, tiles, n, y + row * y_stride + p * PANEL, y_stride, panel_scratch(team, thread));
-    });
-  }
-}
-#endif
 
 void multiply(ThreadTeam& team, const PackedMatrix& w, const float* x, int64_t x_stride, float* y, int64_t y_stride, int64_t rows) {
-#if defined(__AMX_BF16__)
-  if (uses_tiles(w.dtype)) return multiply_tiles(team, w, x, x_stride, y, y_stride, rows);
-#endif
-  multiply_vectors(team, w, x, x_stride, y, y_stride, rows);
+  in_pieces(team, row_form(w), x, x_stride, rows, [&](const Rows& piece, int64_t row) {
+    share(team, w.num_panels(), piece.count * w.N * w.C, [&](int64_t p, int thread) {
+      multiply_panel(w, p, piece, y + row * y_stride + p * PANEL, y_stride, panel_scratch(team, thread));
+    });
+  });
+}
+
+void multiply_gated(ThreadTeam& team, const PackedMatrix& gate, const PackedMatrix& up, const float* x, int64_t x_stride, float* y,
+                    int64_t y_stride, int64_t rows) {
+  in_pieces(team, row_form(gate), x, x_stride, rows, [&](const Rows& piece, int64_t row) {
+    share(team, gate.num_panels(), 2 * piece.count * gate.N * gate.C, [&](int64_t p, int thread) {
+      const auto combine = [&](int64_t first, int64_t count, const float* gates, const float* ups) {
+        float* out = y + (row + first) * y_stride + p * PANEL;
+        for (int64_t r = 0; r < count; ++r) gate_row(gates + r * PANEL, ups + r * PANEL, out + r * y_stride, gate.columns(p));
+      };
+      multiply_gated_panel(team, thread, gate, up, p, piece, piece, combine);
+    });
+  });
 }
 
 // ---- pack -------------------------------------------------------------------------------------------------------------------
@@ -121,7 +129,7 @@ void pack(ThreadTeam& team, const PackedMatrix& w, const void* source, DType sou
   share(team, end_panel - begin_panel, count * w.C, [&](int64_t item, int) {
     const int64_t p = begin_panel + item, begin = larger(first, p * PANEL), end = smaller(last, (p + 1) * PANEL);
     const std::byte* rows = static_cast<const std::byte*>(source) + (begin - first) * stride * element_bytes(source_dtype);
-    pack_columns(w.panel(p), w.dtype, w.C, rows, source_dtype, stride, int(begin - p * PANEL), int(end - p * PANEL),
+    pack_columns(w.panel(p), w.dtype(), w.C, rows, source_dtype, stride, int(begin - p * PANEL), int(end - p * PANEL),
                  first + count - begin);
   });
 }
@@ -132,11 +140,11 @@ void gather(ThreadTeam& team, const PackedMatrix& w, const int32_t* ids, int64_t
   share(team, count, count * w.C, [&](int64_t i, int) {
     const std::byte* column = w.panel(ids[i] / PANEL) + ids[i] % PANEL * 4;
     float* row = out + i * w.C;
-    if (w.dtype == DType::FP32) {
+    if (w.dtype() == DType::FP32) {
       for (int64_t k = 0; k < w.C; ++k) std::memcpy(row + k, column + k * PANEL * 4, 4);
       return;
     }
-    const bool brain = w.dtype == DType::BF16;
+    const bool brain = w.dtype() == DType::BF16;
     for (int64_t k = 0; k < w.C; k += 2) {
       uint16_t pair[2];
       std::memcpy(pair, column + k / 2 * PANEL * 4, 4);
@@ -149,6 +157,6 @@ void gather(ThreadTeam& team, const PackedMatrix& w, const int32_t* ids, int64_t
 }  // namespace
 
 extern const LinearKernels linear_kernels;
-const LinearKernels linear_kernels = {.multiply = multiply, .pack = pack, .gather = gather};
+const LinearKernels linear_kernels = {.multiply = multiply, .multiply_gated = multiply_gated, .pack = pack, .gather = gather};
 
 }  // namespace apportion::APPORTION_ISA

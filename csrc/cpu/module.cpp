@@ -5,6 +5,7 @@
 #include <nanobind/stl/vector.h>
 
 #include "isa.h"
+#include "recording.h"
 #include "thread_team.h"
 
 namespace nb = nanobind;
@@ -48,6 +49,12 @@ NB_MODULE(_cpu, m) {
       .def_prop_ro("num_threads", &ThreadTeam::num_threads)
       .def_prop_ro("cores", &ThreadTeam::cores)
       .def_static("run_seconds", &ThreadTeam::run_seconds, "Seconds that callers have spent inside teams since the process began.");
+  nb::class_<Recording>(m, "Recording", "Inside `with recording:` every call of the team's operators is made and kept; replay makes them again.")
+      .def(nb::init<ThreadTeam&>(), "team"_a, nb::keep_alive<1, 2>())
+      .def("__enter__", &Recording::start, nb::rv_policy::reference)
+      .def("__exit__", [](Recording& recording, nb::args) { recording.stop(); })
+      .def_prop_ro("num_calls", &Recording::size)
+      .def("replay", &Recording::replay);
   bind_attention(m);
   bind_sampling(m);
   bind_linear(m);

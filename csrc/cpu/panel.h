@@ -16,8 +16,6 @@ constexpr bool TILES = true;
 constexpr bool TILES = false;
 #endif
 
-APPORTION_INLINE bool uses_tiles(DType dtype) { return TILES && dtype == DType::BF16; }
-
 APPORTION_INLINE void prefetch(const std::byte* p) { __builtin_prefetch(p, 0, 3); }
 
 // ---- vectors ----------------------------------------------------------------------------------------------------------------

@@ -12,26 +12,8 @@ constexpr int TILE_K = 32;  // channels of one tile instruction
 // Where block b of the rows starts in the tile copy: every block but the last is full.
 APPORTION_INLINE const uint16_t* tile_block(const uint16_t* tiles, int64_t C, int64_t block) { return tiles + block * TILE_ROWS * padded(C); }
 
-APPORTION_INLINE size_t tile_copy_bytes(int64_t rows, int64_t C) { return size_t(rows * padded(C)) * sizeof(uint16_t); }
-
 // 32 floats to bf16 (to nearest even; subnormals become zero, as the tile instruction treats them).
 APPORTION_INLINE void store_tile_row(uint16_t* out, V low, V high) { _mm512_storeu_si512(out, (__m512i)_mm512_cvtne2ps_pbh(high, low)); }
-
-// Block `block` of x[rows, C] to bf16; row(r) is the address of row r.
-template <typename Row>
-static inline void copy_tile_block(Row&& row_address, int64_t rows, int64_t C, int64_t block, uint16_t* tiles) {
-  const int64_t n = smaller(TILE_ROWS, rows - block * TILE_ROWS);
-  uint16_t* out = tiles + block * TILE_ROWS * padded(C);
-  for (int64_t r = 0; r < n; ++r) {
-    const float* row = row_address(block * TILE_ROWS + r);
-    for (int64_t k = 0; k < C; k += TILE_K) {
-      const int left = int(C - k);
-      const V low = left >= WIDTH ? load(row + k) : load_n(row + k, left);
-      const V high = left >= TILE_K ? load(row + k + WIDTH) : load_n(row + k + WIDTH, left > WIDTH ? left - WIDTH : 0);
-      store_tile_row(out + (k / TILE_K * n + r) * TILE_K, low, high);
-    }
-  }
-}
 
 struct alignas(64) TileConfig {
   uint8_t palette = 1, start_row = 0, reserved[14] = {};
@@ -59,11 +41,14 @@ struct TileSlice {
   const float* start;                  // bias [32] or null
   float* y;                            // where the sums go
   int64_t y_stride;
+  const std::byte* ahead = nullptr;    // weights wanted after these: `ahead_lines` lines of each step are fetched into L2 meanwhile
+  int ahead_lines = 0;
 };
 
 // A tile load that misses L1 stalls the multiplication: so the weights of TILE_K_BLOCK channels (16 KiB) stay in L1 while up to
-// TILE_SUM_ROWS rows pass over them, whose sums wait in L2 meanwhile.
-constexpr int64_t TILE_K_BLOCK = 256, TILE_SUM_ROWS = 512;
+// TILE_SUM_ROWS rows pass over them, whose sums wait in L2 meanwhile. From TILE_AHEAD_ROWS rows on they have time to fetch the next
+// block, each pair of row blocks a few lines: a quarter faster than to meet it in memory.
+constexpr int64_t TILE_K_BLOCK = 256, TILE_SUM_ROWS = 512, TILE_AHEAD_ROWS = 256;
 constexpr int64_t TILE_STEP_BYTES = TILE_K * PANEL * int64_t(sizeof(uint16_t));
 
 template <bool TWO>
@@ -139,14 +124,17 @@ static inline void stream_tiles(const TileSlice& s, std::byte* buffer) {
 template <bool TWO>
 static inline void multiply_tiles(const TileSlice& s) {
   load_sums<TWO>(s);
-  for (int64_t step = 0; step < s.steps; ++step) tile_step<TWO>(s, step, s.weights + step * TILE_STEP_BYTES);
+  for (int64_t step = 0; step < s.steps; ++step) {
+    for (int line = 0; line < s.ahead_lines; ++line) __builtin_prefetch(s.ahead + step * TILE_STEP_BYTES + line * 64, 0, 2);
+    tile_step<TWO>(s, step, s.weights + step * TILE_STEP_BYTES);
+  }
   store_sums<TWO>(s);
 }
 
 // Panel p times all rows, in order of C for each. `scratch`: TILE_SCRATCH_BYTES of this thread: sums, then the stream's buffer.
 constexpr size_t TILE_SCRATCH_BYTES = TILE_SUM_ROWS * PANEL * sizeof(float) + 2 * TILE_STEP_BYTES;
 
-static void multiply_panel_tiles(const PackedMatrix& w, int64_t p, const uint16_t* tiles, int64_t rows, float* y, int64_t y_stride,
+[[maybe_unused]] static void multiply_panel_tiles(const PackedMatrix& w, int64_t p, const uint16_t* tiles, int64_t rows, float* y, int64_t y_stride,
                                  float* scratch) {
   asm volatile("" ::: "memory");  // tile loads are opaque to the compiler: what they read must have been written
   std::byte* buffer = reinterpret_cast<std::byte*>(scratch + TILE_SUM_ROWS * PANEL);
@@ -155,6 +143,8 @@ static void multiply_panel_tiles(const PackedMatrix& w, int64_t p, const uint16_
   for (int64_t first = 0; first < rows; first += TILE_SUM_ROWS) {
     const int64_t last = smaller(rows, first + TILE_SUM_ROWS);
     const int64_t k_block = last - first <= 2 * TILE_ROWS ? C : TILE_K_BLOCK;  // few rows: the weights pass once
+    const int64_t pairs = ceil_div(last - first, 2 * TILE_ROWS), lines = ceil_div(TILE_STEP_BYTES / 64, pairs);
+    const bool fetches = last - first >= TILE_AHEAD_ROWS;
     for (int64_t k = 0; k < C; k += k_block) {
       const int64_t n = smaller(k_block, C - k);
       const bool direct = k + n == C && columns == PANEL;
@@ -175,8 +165,10 @@ static void multiply_panel_tiles(const PackedMatrix& w, int64_t p, const uint16_
             .start = w.panel_bias(p),
             .y = direct ? y + row * y_stride : sums,
             .y_stride = direct ? y_stride : PANEL,
+            .ahead = w.panel(p) + (k + n) * PANEL * 2 + (row - first) / (2 * TILE_ROWS) * lines * 64,  // what follows in memory
+            .ahead_lines = fetches ? int(lines) : 0,
         };
-        if (row == first) lower > 0 ? stream_tiles<true>(slice, buffer) : stream_tiles<false>(slice, buffer);
+        if (row == first && !fetches) lower > 0 ? stream_tiles<true>(slice, buffer) : stream_tiles<false>(slice, buffer);
         else lower > 0 ? multiply_tiles<true>(slice) : multiply_tiles<false>(slice);
       }
     }

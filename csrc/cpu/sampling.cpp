@@ -294,9 +294,20 @@ void logprobs(const float* logits, int n, int32_t token, int top_n, float* logpr
   for (int i = 0; i < count; ++i) ids[i] = work.id[i], values[i] = value(logits[work.id[i]]);
 }
 
+void apply_bitmask(float* x, int n, const uint8_t* bits) {
+  for (int i = 0; i < n; i += 8) {
+    const unsigned allowed = bits[i / 8];
+    const int end = std::min(n, i + 8);
+    if (allowed == 0) std::fill(x + i, x + end, -INF);
+    else if (allowed != 0xff)
+      for (int j = i; j < end; ++j)
+        if (!(allowed >> (j - i) & 1)) x[j] = -INF;
+  }
+}
+
 }  // namespace
 
 extern const SamplingKernels sampling_kernels;
-const SamplingKernels sampling_kernels = {.sample = sample, .logprobs = logprobs, .scratch_bytes = scratch_bytes};
+const SamplingKernels sampling_kernels = {.sample = sample, .logprobs = logprobs, .apply_bitmask = apply_bitmask, .scratch_bytes = scratch_bytes};
 
 }  // namespace apportion::APPORTION_ISA

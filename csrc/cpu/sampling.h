@@ -17,6 +17,8 @@ struct SamplingKernels {
   // Of one row: log-softmax of `token`, how many logits are larger plus 1, and the n largest (ties to the lower id).
   void (*logprobs)(const float* logits, int V, int32_t token, int n, float* logprob, int32_t* rank, int32_t* ids, float* values,
                    std::byte* scratch);
+  // -infinity where the bit of an id is 0; lowest bit of the first byte first.
+  void (*apply_bitmask)(float* logits, int V, const uint8_t* bits);
   size_t (*scratch_bytes)(int V);
 };
 

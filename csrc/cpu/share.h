@@ -5,9 +5,9 @@
 
 namespace apportion::APPORTION_ISA {
 
-APPORTION_INLINE int64_t smaller(int64_t a, int64_t b) { return a < b ? a : b; }
-APPORTION_INLINE int64_t larger(int64_t a, int64_t b) { return a > b ? a : b; }
-APPORTION_INLINE int64_t ceil_div(int64_t a, int64_t b) { return (a + b - 1) / b; }
+APPORTION_INLINE constexpr int64_t smaller(int64_t a, int64_t b) { return a < b ? a : b; }
+APPORTION_INLINE constexpr int64_t larger(int64_t a, int64_t b) { return a > b ? a : b; }
+APPORTION_INLINE constexpr int64_t ceil_div(int64_t a, int64_t b) { return (a + b - 1) / b; }
 
 constexpr int64_t INLINE_WORK = 1 << 15;  // multiply-adds (or elements moved) below which waking the team costs more than it brings
 

@@ -69,6 +69,11 @@ APPORTION_INLINE V fnma(V a, V b, V c) { return _mm512_fnmadd_ps(a, b, c); }  //
 APPORTION_INLINE V max(V a, V b) { return _mm512_max_ps(a, b); }              // b where either is NaN
 APPORTION_INLINE V min(V a, V b) { return _mm512_min_ps(a, b); }
 APPORTION_INLINE V sqrt(V a) { return _mm512_sqrt_ps(a); }
+// 1 / a for a in [1, 2^125], error below 2 units in the last place; NaN for NaN.
+APPORTION_INLINE V reciprocal(V a) {
+  const V r = _mm512_rcp14_ps(a);
+  return _mm512_fmadd_ps(_mm512_fnmadd_ps(a, r, set1(1.f)), r, r);
+}
 APPORTION_INLINE V select_less(V a, V b, V yes, V no) { return _mm512_mask_blend_ps(_mm512_cmp_ps_mask(a, b, _CMP_LT_OQ), no, yes); }
 // a * 2^n for a in [1/2, 4), n an integral float in [-127, 127]
 APPORTION_INLINE V scale_pow2(V a, V n) { return _mm512_scalef_ps(a, n); }
@@ -115,6 +120,7 @@ APPORTION_INLINE V fnma(V a, V b, V c) { return _mm256_fnmadd_ps(a, b, c); }
 APPORTION_INLINE V max(V a, V b) { return _mm256_max_ps(a, b); }
 APPORTION_INLINE V min(V a, V b) { return _mm256_min_ps(a, b); }
 APPORTION_INLINE V sqrt(V a) { return _mm256_sqrt_ps(a); }
+APPORTION_INLINE V reciprocal(V a) { return set1(1.f) / a; }
 APPORTION_INLINE V select_less(V a, V b, V yes, V no) { return _mm256_blendv_ps(no, yes, _mm256_cmp_ps(a, b, _CMP_LT_OQ)); }
 APPORTION_INLINE V scale_pow2(V a, V n) {
   return _mm256_castsi256_ps(_mm256_add_epi32(_mm256_castps_si256(a), _mm256_slli_epi32(_mm256_cvtps_epi32(n), 23)));
@@ -179,6 +185,7 @@ APPORTION_INLINE V sqrt(V a) {
   for (int i = 0; i < WIDTH; ++i) a[i] = std::sqrt(a[i]);
   return a;
 }
+APPORTION_INLINE V reciprocal(V a) { return set1(1.f) / a; }
 APPORTION_INLINE V select_less(V a, V b, V yes, V no) { return a < b ? yes : no; }
 APPORTION_INLINE V scale_pow2(V a, V n) { return V(VInt(a) + (__builtin_convertvector(n, VInt) << 23)); }
 APPORTION_INLINE V load_bf16(const uint16_t* p) {

@@ -10,6 +10,8 @@
 
 namespace apportion {
 
+class Recording;
+
 // The caller of run() is thread 0 and works too. Each thread walks its own contiguous share of the items in order (so a stream
 // of weights stays a stream, and meets the same core again in the next step), then helps with the shares of the others; every
 // share is handed out by an atomic counter, so any item may run on any thread: results must not depend on who did it. Several
@@ -41,6 +43,8 @@ class ThreadTeam {
     run(num_items, [](void* context, int64_t item, int thread) { (*static_cast<Function*>(context))(item, thread); },
         const_cast<void*>(static_cast<const void*>(&f)));
   }
+
+  Recording* recording = nullptr;  // where the operators of this team keep what they are asked to do (recording.h), or null
 
   // Seconds that callers have spent inside run(), over all teams of the process: what of a step is kernels (bench).
   static double run_seconds();

@@ -12,20 +12,26 @@ if TYPE_CHECKING:
     from apportion.core.config import EngineConfig, LaneConfig
     from apportion.core.errors import ApportionError
     from apportion.core.outputs import CompletionOutput, Logprob, RequestOutput
+    from apportion.core.pooling_params import PoolingParams
     from apportion.core.sampling_params import SamplingParams
+    from apportion.core.structured_outputs import StructuredOutputsParams
     from apportion.llm import LLM
+    from apportion.quantization import quantize
 
 __version__ = "0.1.0"
 
 _HOMES = {
     "LLM": "apportion.llm",
     "SamplingParams": "apportion.core.sampling_params",
+    "StructuredOutputsParams": "apportion.core.structured_outputs",
+    "PoolingParams": "apportion.core.pooling_params",
     "EngineConfig": "apportion.core.config",
     "LaneConfig": "apportion.core.config",
     "RequestOutput": "apportion.core.outputs",
     "CompletionOutput": "apportion.core.outputs",
     "Logprob": "apportion.core.outputs",
     "ApportionError": "apportion.core.errors",
+    "quantize": "apportion.quantization",
 }
 
 __all__ = [
@@ -35,9 +41,12 @@ __all__ = [
     "EngineConfig",
     "LaneConfig",
     "Logprob",
+    "PoolingParams",
     "RequestOutput",
     "SamplingParams",
+    "StructuredOutputsParams",
     "__version__",
+    "quantize",
 ]
 
 

@@ -3,43 +3,33 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from difflib import get_close_matches
+from contextlib import contextmanager
 from itertools import count
 from pathlib import Path
 from types import TracebackType
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from apportion.assets import DEFAULT_MODEL
-from apportion.core.config import CacheConfig, EngineConfig, LaneConfig, ModelConfig, ParallelConfig, SchedulerConfig
-from apportion.core.errors import InvalidParameter, InvalidRequest
-from apportion.core.outputs import RequestOutput
+from apportion.core.config import EngineConfig, ModelConfig
+from apportion.core.errors import InvalidParameter, InvalidRequest, Unsupported
+from apportion.core.grammar import Grammar
+from apportion.core.keywords import resolve_keywords
+from apportion.core.outputs import EmbeddingOutput, EmbeddingRequestOutput, RequestOutput
+from apportion.core.pooling_params import PoolingParams
 from apportion.core.request import Request
 from apportion.core.sampling_params import SamplingParams
 from apportion.engine.build import Blueprint, build_engine, plan_engine
 from apportion.engine.input_processor import InputProcessor
 from apportion.engine.memory_plan import MemoryPlan
 from apportion.engine.output_processor import OutputProcessor
-from apportion.models.checkpoint import read_json, resolve_folder
+from apportion.models.checkpoint import read_generation_defaults, resolve_folder
 from apportion.processor.tokenizer import Tokenizer
+
+if TYPE_CHECKING:
+    from apportion.serving.structured.compiler import GrammarCompiler
 
 Prompt = str | Sequence[int] | Mapping[str, Any]
 Conversation = Sequence[Mapping[str, Any]]  # of messages: {'role', 'content'}
-
-# LLM's keywords, by the part of EngineConfig that they belong to.
-_PARTS = {
-    ModelConfig: ("revision", "dtype", "max_model_len", "quantization", "load_format", "seed"),
-    CacheConfig: ("block_size", "kv_cache_dtype", "kv_cache_memory", "enable_prefix_caching"),
-    SchedulerConfig: (
-        "max_num_seqs", "max_num_batched_tokens", "scheduling_policy", "enable_chunked_prefill", "long_prefill_token_threshold",
-    ),
-    ParallelConfig: ("tensor_parallel_size",),
-    EngineConfig: ("device", "kernels", "num_threads", "lanes", "seed"),
-}  # fmt: skip
-_FIELDS = {"scheduling_policy": "policy"}  # where the field's name is another
-_GENERATION_DEFAULTS = {
-    "temperature": "temperature", "top_k": "top_k", "top_p": "top_p", "min_p": "min_p", "repetition_penalty": "repetition_penalty",
-    "max_new_tokens": "max_tokens",
-}  # fmt: skip
 
 
 class LLM:
@@ -81,10 +71,11 @@ class LLM:
         self.memory_plan: MemoryPlan = blueprint.memory
         model = self.config.models[0]
         self.tokenizer = Tokenizer.from_folder(_tokenizer_folder(tokenizer) if tokenizer else model.model)
-        self._default_sampling_params = _generation_defaults(Path(model.model))
+        self._default_sampling_params = read_generation_defaults(Path(model.model))
         self._outputs = OutputProcessor({model.name: self.tokenizer})
         self._request_ids = count()
         self._is_running = False
+        self._grammars: GrammarCompiler | None = None  # started with the first request that needs it
         spec = blueprint.specs[model.name]
         self.engine = build_engine(blueprint, self._outputs, progress)
         max_model_len = self.engine.models[model.name].scheduler.max_model_len
@@ -135,6 +126,19 @@ class LLM:
         """Complete one prompt and yield its output so far after every step; the text only grows. Ending the loop early aborts it."""
         yield from self._run(self._add([prompt], sampling_params, None, add_special_tokens=add_special_tokens), finished_only=False)
 
+    def embed(
+        self, prompts: Prompt | Sequence[Prompt], pooling_params: PoolingParams | None = None, *, use_tqdm: bool = False
+    ) -> list[EmbeddingRequestOutput]:
+        """A vector for each prompt, in order. pooling_params None: that of the last token, normalized."""
+        params = pooling_params or PoolingParams()
+        added: dict[str, list[Request]] = {}
+        with self._all_or_none(added):
+            for prompt in _prompt_list(prompts):
+                text, content = _text_and_content(prompt)
+                request_id = str(next(self._request_ids))
+                self._queue(request_id, text, [self._inputs.make_pooling_request(request_id, content, params)], added)
+        return [_embedding_output(output) for output in self._finish(added, use_tqdm)]
+
     def render_chat(self, messages: Conversation, chat_template: str | None = None, **variables: Any) -> str:
         """The prompt of a conversation. Errors: InvalidRequest when there is no template or it refuses the messages."""
         if not _is_list(messages):
@@ -152,6 +156,8 @@ class LLM:
     def close(self) -> None:
         """End the workers and give back memory. Idempotent."""
         self.engine.shutdown()
+        if self._grammars is not None:
+            self._grammars.close()
 
     def __enter__(self) -> LLM:
         return self
@@ -168,13 +174,11 @@ class LLM:
         add_special_tokens: bool,
     ) -> dict[str, list[Request]]:
         """Queue all prompts or, when one cannot be served, none."""
-        if self._is_running:
-            raise InvalidRequest("this LLM is in the middle of another call; finish or close that one first")
         params = _one_each("sampling_params", sampling_params, len(prompts)) if _is_list(sampling_params) else None
         ranks = _one_each("priority", priority, len(prompts)) if priority is not None else None
         ordered = self.config.scheduler.policy == "priority"
         added: dict[str, list[Request]] = {}
-        try:
+        with self._all_or_none(added):
             for i, prompt in enumerate(prompts):
                 own = params[i] if params else sampling_params or self.get_default_sampling_params()
                 if not isinstance(own, SamplingParams):
@@ -184,17 +188,44 @@ class LLM:
                 text, content = _text_and_content(prompt)
                 request_id = str(next(self._request_ids))
                 requests = self._inputs.make_requests(
-                    request_id, content, own, priority=ranks[i] if ranks else None, add_special_tokens=add_special_tokens
+                    request_id,
+                    content,
+                    own,
+                    priority=ranks[i] if ranks else None,
+                    add_special_tokens=add_special_tokens,
+                    start_grammar=self._grammar(own),
                 )
-                added[request_id] = []
-                self._outputs.add(request_id, text, requests)
-                for request in requests:
-                    self.engine.add_request(request)
-                    added[request_id].append(request)
+                self._queue(request_id, text, requests, added)
+        return added
+
+    @contextmanager
+    def _all_or_none(self, added: dict[str, list[Request]]) -> Iterator[None]:
+        if self._is_running:
+            raise InvalidRequest("this LLM is in the middle of another call; finish or close that one first")
+        try:
+            yield
         except BaseException:
             self._abort(added)
             raise
-        return added
+
+    def _queue(self, request_id: str, text: str | None, requests: list[Request], added: dict[str, list[Request]]) -> None:
+        added[request_id] = []
+        self._outputs.add(request_id, text, requests)
+        for request in requests:
+            self.engine.add_request(request)
+            added[request_id].append(request)
+
+    def _grammar(self, params: SamplingParams) -> Callable[[], Grammar] | None:
+        if params.structured_outputs is None:
+            return None
+        if self._grammars is None:
+            try:
+                from apportion.serving.structured.compiler import GrammarCompiler
+            except ImportError as error:
+                raise Unsupported("structured outputs need llguidance: pip install '.[serve]'") from error
+            self._grammars = GrammarCompiler()
+            self._grammars.add_model(self._inputs.model, self.tokenizer, self._inputs.spec.vocab, sorted(self._inputs.eos_token_ids))
+        return self._grammars.compile(self._inputs.model, params.structured_outputs).start
 
     def _finish(self, requests: dict[str, list[Request]], use_tqdm: bool) -> list[RequestOutput]:
         order = list(requests)
@@ -230,35 +261,23 @@ class LLM:
 
 
 def engine_config(model: str | Path | None = None, **engine: Any) -> EngineConfig:
-    """LLM's keywords as the frozen tree. Errors: InvalidParameter naming a keyword that does not exist."""
-    known = {name for names in _PARTS.values() for name in names}
-    for name in engine.keys() - known:
-        close = get_close_matches(name, known, 1)
-        raise InvalidParameter(
-            f"unknown parameter {name!r}" + (f"; did you mean {close[0]!r}?" if close else f"; known: {', '.join(sorted(known))}")
-        )
-    parts = {kind: {_FIELDS.get(name, name): engine[name] for name in names if name in engine} for kind, names in _PARTS.items()}
-    if engine.get("tensor_parallel_size", 1) != 1:
-        parts[EngineConfig].setdefault("lanes", (LaneConfig(executor="multiproc"),))
-    return EngineConfig(
-        models=(ModelConfig(model=str(DEFAULT_MODEL if model is None else model), **parts[ModelConfig]),),
-        cache=CacheConfig(**parts[CacheConfig]),
-        scheduler=SchedulerConfig(**parts[SchedulerConfig]),
-        parallel=ParallelConfig(**parts[ParallelConfig]),
-        **parts[EngineConfig],
+    """LLM's keywords as the frozen tree; no model is the bundled one. Errors: InvalidParameter naming a keyword that does not exist."""
+    return resolve_keywords([ModelConfig(model=str(DEFAULT_MODEL if model is None else model))], **engine)
+
+
+def _embedding_output(output: RequestOutput) -> EmbeddingRequestOutput:
+    return EmbeddingRequestOutput(
+        request_id=output.request_id,
+        outputs=EmbeddingOutput(output.embedding or []),
+        prompt_token_ids=output.prompt_token_ids,
+        num_cached_tokens=output.num_cached_tokens,
+        error=output.outputs[0].error,
     )
 
 
 def _tokenizer_folder(tokenizer: str | Path) -> Path:
     path = Path(tokenizer)
     return path if path.is_file() else resolve_folder(str(tokenizer))
-
-
-def _generation_defaults(folder: Path) -> dict[str, Any]:
-    """The sampling fields of generation_config.json, in SamplingParams' names. Its end tokens are in the model's spec already."""
-    file = folder / "generation_config.json"
-    content = read_json(file) if file.is_file() else {}
-    return {ours: content[theirs] for theirs, ours in _GENERATION_DEFAULTS.items() if content.get(theirs) is not None}
 
 
 def _is_list(value: object) -> bool:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 from collections.abc import Callable, Iterable, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
@@ -10,12 +9,12 @@ from pathlib import Path
 
 from apportion.core.config import CacheConfig, EngineConfig, LaneConfig, ModelConfig, ParallelConfig, SchedulerConfig
 from apportion.core.kv_spec import KVGroupSpec
-from apportion.core.model_spec import ModelSpec
 from apportion.core.request import Request
 from apportion.core.sampling_params import SamplingParams
 from apportion.engine.engine import Engine
 from apportion.engine.executor.factory import ExecutorFactory
 from apportion.kvcache.arena import Arena, choose_slab_bytes
+from apportion.models.checkpoint import read_spec
 
 NAME = "model"
 PREFILL, DECODE = frozenset({"prefill"}), frozenset({"decode"})
@@ -44,6 +43,7 @@ class Setup:
     budget: int = 2048
     max_num_seqs: int = 256
     prefix_caching: bool = False
+    kv_cache_dtype: str = "auto"
     tensor_parallel_size: int = 1
     lanes: tuple[LaneConfig, ...] = (LaneConfig(),)
 
@@ -51,7 +51,7 @@ class Setup:
     def config(self) -> EngineConfig:
         return EngineConfig(
             models=(ModelConfig(model=str(self.model), name=NAME, dtype=self.dtype, load_format=self.load_format),),
-            cache=CacheConfig(enable_prefix_caching=self.prefix_caching),
+            cache=CacheConfig(enable_prefix_caching=self.prefix_caching, kv_cache_dtype=self.kv_cache_dtype),
             scheduler=SchedulerConfig(max_num_batched_tokens=self.budget, max_num_seqs=self.max_num_seqs),
             parallel=ParallelConfig(tensor_parallel_size=self.tensor_parallel_size),
             lanes=self.lanes,
@@ -74,13 +74,21 @@ class Running:
         """All prompts at once, to the end."""
         return self.finish(self.add(prompts, params))
 
-    def add(self, prompts: Iterable[Sequence[int]], params: SamplingParams | Sequence[SamplingParams], model: str = NAME) -> list[Request]:
+    def add(
+        self,
+        prompts: Iterable[Sequence[int]],
+        params: SamplingParams | Sequence[SamplingParams],
+        model: str = NAME,
+        eos_token_ids: frozenset[int] | None = None,
+    ) -> list[Request]:
+        """eos_token_ids: those of another model than the first."""
+        eos_token_ids = self.eos_token_ids if eos_token_ids is None else eos_token_ids
         prompts = list(prompts)
         each = [params] * len(prompts) if isinstance(params, SamplingParams) else params
         requests = []
         for prompt, one in zip(prompts, each, strict=True):
             self.num_requests += 1
-            requests.append(Request(f"request-{self.num_requests}", model, list(prompt), one, self.eos_token_ids))
+            requests.append(Request(f"request-{self.num_requests}", model, list(prompt), one, eos_token_ids))
             self.engine.add_request(requests[-1])
         return requests
 
@@ -104,8 +112,10 @@ class Running:
 def running(setup: Setup):
     """An engine made by `setup`, shut down at the end."""
     config = setup.config
-    spec = ModelSpec.from_hf(json.loads((setup.model / "config.json").read_text()))
+    spec = read_spec(setup.model)
     kv_dtype = spec.dtype if setup.dtype == "auto" else setup.dtype
+    if setup.kv_cache_dtype != "auto":
+        kv_dtype = setup.kv_cache_dtype
     groups = spec.kv_groups(kv_dtype, config.cache.block_size, setup.tensor_parallel_size)
     num_bytes = setup.kv_blocks * sum(group.block_bytes for group in groups)
     arena = Arena(num_bytes, setup.slab_factor * choose_slab_bytes([group.block_bytes for group in groups], num_bytes))

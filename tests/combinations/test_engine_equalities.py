@@ -215,7 +215,7 @@ def test_two_models_in_one_memory(plain, alone, bundled_model):
         config = ModelConfig(model=str(bundled_model), name="other", dtype=other.dtype)
         run.engine.add_model(config, spec, spec.kv_groups(other.dtype, 32))
         for _ in range(2):
-            requests = [*run.add(PROMPTS, PARAMS), *run.add(PROMPTS, PARAMS, "other")]
+            requests = [*run.add(PROMPTS, PARAMS), *run.add(PROMPTS, PARAMS, "other", frozenset(spec.eos_token_ids))]
             check(run.finish(requests), alone + expected)
         assert all(metrics.prefix_cache_hits > 0 for metrics in run.engine.metrics().values())
 

@@ -1,4 +1,7 @@
-"""Every implementation that dispatch knows, one after the other. A skip always quotes a declared capability."""
+"""Every implementation that dispatch knows, one after the other. A skip always quotes a declared capability.
+
+Triton's kernels run in its interpreter where there is no GPU.
+"""
 
 import pytest
 import torch
@@ -8,6 +11,7 @@ from apportion.kernels.dispatch import implementations
 from apportion.kernels.ops import WEIGHT_DTYPES
 from apportion.kernels.reference.ops import ReferenceOps
 from apportion.platforms.platform import ComputeShare, select_platform
+from tests.conformance.on_device import OnDevice
 
 
 @pytest.fixture(params=implementations(), ids=lambda i: i.name)
@@ -29,12 +33,25 @@ def make_ops(implementation):
     def make(op, num_threads=1):
         if op not in implementation.capability.ops:
             pytest.skip(f"{implementation.name} declares no {op}")
-        cores = select_platform().cores
-        return implementation.make(ComputeShare(tuple(cores[i % len(cores)] for i in range(num_threads))))
+        cores = select_platform("cpu").cores
+        ops = implementation.make(ComputeShare(tuple(cores[i % len(cores)] for i in range(num_threads))))
+        return ops if ops.device.type == "cpu" else OnDevice(ops, ops.device)
 
     threads = torch.get_num_threads()
     yield make
     torch.set_num_threads(threads)
+
+
+@pytest.fixture
+def interpreted(implementation):
+    """Are the kernels interpreted? A program takes milliseconds there."""
+    return implementation.name == "triton"
+
+
+@pytest.fixture
+def thin(interpreted):
+    """thin(things) -> all of them, or every third where kernels are interpreted."""
+    return lambda things: things[::3] if interpreted else things
 
 
 @pytest.fixture
@@ -50,9 +67,11 @@ def weight_dtype(request, capability):
 
 
 @pytest.fixture(params=tuple(KV_FORMATS))
-def kv_dtype(request, capability):
+def kv_dtype(request, capability, interpreted):
     if request.param not in capability.kv_dtypes:
         pytest.skip(f"KV in {request.param} is not declared")
+    if interpreted and request.param == "float16":
+        pytest.skip("interpreted kernels take the time of two dtypes: bfloat16 goes the same way as float16")
     return request.param
 
 

@@ -5,7 +5,7 @@ import torch
 
 from apportion.core.kv_spec import KVGroupSpec, kv_format
 from apportion.kernels.ops import PARTITION_LEN, AttentionSpec
-from apportion.kernels.reference.formats import read_blocks
+from apportion.kernels.reference.formats import TORCH_DTYPES, read_blocks
 
 LAYER = 5
 SHAPES = {  # heads, kv heads, head_dim, window, block_size
@@ -17,6 +17,12 @@ SHAPES = {  # heads, kv heads, head_dim, window, block_size
     "wide": (2, 1, 128, None, 128),
 }
 STEPS = ([60, 33, 1, 0], [39, 1, 3, 1], [1, 1, 1, 200])
+SHORT = ([35, 2, 1, 0], [1, 3, 1, 1])  # where a token of a head costs a millisecond
+
+
+@pytest.fixture
+def steps(interpreted):
+    return SHORT if interpreted else STEPS
 
 
 class Batch:
@@ -57,59 +63,100 @@ def paged_spec(shape, kv_dtype, **options):
 
 def tolerance(capability, kv_dtype):
     rounded = kv_dtype in capability.rounds_activations
-    return {"bfloat16": 2e-2, "float16": 2e-3}[kv_dtype] if rounded and kv_dtype != "float32" else 2e-5
+    return {"bfloat16": 2e-2, "float16": 2e-3}.get(kv_dtype, 2e-5) if rounded else 2e-5
 
 
-def run_paged(attention, spec, batch, counts, norms=(None, None), requests=None):
+# One unit in the last place of a stored number, relative and absolute (of the least numbers).
+STEPS_OF = {
+    "float32": (1e-5, 1e-5), "bfloat16": (2**-7, 1e-5), "float16": (2**-10, 1e-5), "fp8_e4m3": (2**-3, 2**-9), "fp8_e5m2": (2**-2, 2**-16),
+}  # fmt: skip
+
+
+def scales_of(group):
+    """Of keys and values, one for each head, some so small that numbers saturate; of a latent, one for both."""
+    k = torch.linspace(0.004, 0.3, group.num_kv_heads)
+    return torch.stack((k, k if group.latent else k.flip(0) * 2))
+
+
+def run_paged(attention, spec, batch, counts, norms=(None, None), requests=None, scales=None):
     """(out, rotated qkv, handle inputs) of one step."""
     qkv, positions, starts, lens, table = batch.step(counts, requests)
     cos_sin = torch.randn(4096, spec.rotary_dim, generator=torch.Generator().manual_seed(3)).clamp(-1, 1)
     offset = spec.kv.layer_offset(LAYER)
     handle = attention.plan(starts, lens, table, len(counts), len(qkv))
-    attention.write(offset, qkv, positions, cos_sin, handle, *norms)
-    out = attention.run(offset, qkv, torch.full((len(qkv), spec.num_heads * spec.kv.v_head_dim), torch.nan), handle)
+    attention.write(offset, qkv, positions, cos_sin, handle, *norms, scales=scales)
+    out = attention.run(offset, qkv, torch.full((len(qkv), spec.num_heads * spec.kv.v_head_dim), torch.nan), handle, scales)
     return out, qkv, (starts, lens, table)
 
 
-def compare_paged(make_ops, reference, capability, spec, steps, norms=(None, None)):
+def compare_paged(make_ops, reference, capability, spec, steps, norms=(None, None), scales=None):
     max_len = max(map(sum, zip(*steps, strict=True)))
     width = (spec.num_heads + 2 * spec.kv.num_kv_heads) * spec.kv.head_dim
     mine, oracles = (Batch(spec.kv, max_len, len(steps[0]), width) for _ in range(2))
     attention = make_ops("paged_attention").paged_attention(spec, mine.arena)
     writer, reader = reference.paged_attention(spec, oracles.arena), reference.paged_attention(spec, mine.arena)
     for counts in steps:
-        out, qkv, (starts, lens, table) = run_paged(attention, spec, mine, counts, norms)
-        _, expected_qkv, _ = run_paged(writer, spec, oracles, counts, norms)
+        out, qkv, (starts, lens, table) = run_paged(attention, spec, mine, counts, norms, scales=scales)
+        _, expected_qkv, _ = run_paged(writer, spec, oracles, counts, norms, scales=scales)
         queries = spec.num_heads * spec.kv.head_dim
         torch.testing.assert_close(qkv[:, :queries], expected_qkv[:, :queries], rtol=1e-5, atol=1e-5)
         handle = reader.plan(starts, lens, table, len(counts), len(qkv))
-        expected = reader.run(spec.kv.layer_offset(LAYER), qkv, torch.empty_like(out), handle)
+        expected = reader.run(spec.kv.layer_offset(LAYER), qkv, torch.empty_like(out), handle, scales)
         torch.testing.assert_close(
             out, expected, rtol=tolerance(capability, spec.kv.format.name), atol=tolerance(capability, spec.kv.format.name)
         )
-        step = {"float32": 1e-5, "bfloat16": 2**-7, "float16": 2**-10}[spec.kv.format.name]  # one unit in the last place
+        step, least = STEPS_OF[spec.kv.format.name]
         for n, entries in zip(lens.tolist(), table, strict=True):
             live = entries[: -(-n // spec.kv.block_size)]
             live, skipped = live[live >= 0], int((live < 0).sum()) * spec.kv.block_size
             for got, want in zip(*(read_blocks(b.arena, spec.kv, spec.kv.layer_offset(LAYER), live) for b in (mine, oracles)), strict=True):
-                torch.testing.assert_close(got[: n - skipped], want[: n - skipped], rtol=step, atol=1e-5)
+                torch.testing.assert_close(got[: n - skipped], want[: n - skipped], rtol=step, atol=least)
 
 
 @pytest.mark.parametrize("shape", SHAPES)
-def test_paged_attention(make_ops, reference, capability, kv_dtype, shape):
-    compare_paged(make_ops, reference, capability, paged_spec(shape, kv_dtype), STEPS)
+def test_paged_attention(make_ops, reference, capability, kv_dtype, shape, steps):
+    compare_paged(make_ops, reference, capability, paged_spec(shape, kv_dtype), steps)
+
+
+@pytest.mark.parametrize("shape", ["gqa", "7-to-1", "window"])
+def test_paged_attention_scales(make_ops, reference, capability, kv_dtype, shape):
+    spec = paged_spec(shape, kv_dtype)
+    if not spec.kv.format.scaled:
+        pytest.skip(f"{kv_dtype} has no scales")
+    compare_paged(make_ops, reference, capability, spec, STEPS, scales=scales_of(spec.kv))
+
+
+def test_float8_codes(make_ops, kv_dtype):
+    """Every stored number is the nearest one, ties to even; what is too large becomes the largest."""
+    dtype = {"fp8_e4m3": torch.float8_e4m3fn, "fp8_e5m2": torch.float8_e5m2}.get(kv_dtype)
+    if dtype is None:
+        pytest.skip(f"{kv_dtype} is no float8")
+    group = KVGroupSpec((LAYER,), 1, 64, 64, kv_format(kv_dtype), 32)
+    spec = AttentionSpec(1, group, 1.0, 0)
+    grid = torch.arange(256, dtype=torch.uint8).view(dtype).float()
+    grid = grid[grid.isfinite()].sort().values
+    ties = (grid[1:] + grid[:-1]) / 2
+    x = torch.cat((grid, ties, ties.nextafter(grid[1:]), ties.nextafter(grid[:-1]), torch.tensor([1e9, -1e9, 465.0, 6e4, 1e-30, -0.0])))
+    x = torch.nn.functional.pad(x, (0, -len(x) % 64)).view(-1, 64)
+    batch = Batch(group, len(x), 1, 192)
+    batch.inputs = torch.cat((x, x, x), 1)[None]
+    attention = make_ops("paged_attention").paged_attention(spec, batch.arena)
+    _, _, (_, _, table) = run_paged(attention, spec, batch, [len(x)])
+    limit = torch.finfo(dtype).max
+    for stored in read_blocks(batch.arena, group, 0, table[0, : -(-len(x) // 32)]):
+        assert torch.equal(stored[: len(x), 0], x.clamp(-limit, limit).to(dtype).float())
 
 
 @pytest.mark.parametrize(
     "options", [{"interleaved": True}, {"rotary_dim": 32}, {"rotary_dim": 32, "interleaved": True}, {"qk_norm_eps": 1e-6}], ids=str
 )
-def test_paged_attention_rotates_and_normalizes(make_ops, reference, capability, options):
+def test_paged_attention_rotates_and_normalizes(make_ops, reference, capability, options, steps):
     norms = (torch.rand(64), torch.rand(64)) if "qk_norm_eps" in options else (None, None)
-    compare_paged(make_ops, reference, capability, paged_spec("gqa", "float32", **options), STEPS, norms)
+    compare_paged(make_ops, reference, capability, paged_spec("gqa", "float32", **options), steps, norms)
 
 
-def test_paged_attention_crosses_partitions(make_ops, reference, capability, kv_dtype):
-    steps = ([PARTITION_LEN - 2, 2 * PARTITION_LEN + 5], [5, 1])
+def test_paged_attention_crosses_partitions(make_ops, reference, capability, kv_dtype, interpreted):
+    steps = ([250, 515], [1, 1]) if interpreted else ([PARTITION_LEN - 2, 2 * PARTITION_LEN + 5], [5, 1])
     compare_paged(make_ops, reference, capability, paged_spec("7-to-1", kv_dtype), steps)
 
 
@@ -138,23 +185,29 @@ def test_paged_attention_ignores_batch_chunks_threads_and_placement(make_ops, ba
 
 
 @pytest.mark.parametrize("heads, latent, rope, values", [(4, 32, 8, 32), (3, 16, 4, 16), (16, 512, 64, 512)], ids=str)
-def test_latent_attention(make_ops, reference, capability, kv_dtype, heads, latent, rope, values):
+def test_latent_attention(make_ops, reference, capability, kv_dtype, heads, latent, rope, values, steps):
     group = KVGroupSpec((2, LAYER), 1, latent + rope, values, kv_format(kv_dtype), 32, latent=True)
     spec = AttentionSpec(heads, group, 0.11, rope)
     batch = Batch(group, 260, 4, latent + rope)
     attention = make_ops("latent_attention").latent_attention(spec, batch.arena)
     oracle = reference.latent_attention(spec, batch.arena)
     offset = group.layer_offset(LAYER)
-    for counts in STEPS:
+    scales = scales_of(group) if group.format.scaled else None
+    for counts in steps:
         rows, _, starts, lens, table = batch.step(counts)
         handle, check = (a.plan(starts, lens, table, 4, len(rows)) for a in (attention, oracle))
-        attention.write(offset, rows, handle)
+        attention.write(offset, rows, handle, scales)
         q = torch.randn(len(rows), heads, latent + rope) * 0.3
-        out, expected = (a.run(offset, q, torch.empty(len(rows), heads, values), h) for a, h in ((attention, handle), (oracle, check)))
+        out, expected = (
+            a.run(offset, q, torch.empty(len(rows), heads, values), h, scales) for a, h in ((attention, handle), (oracle, check))
+        )
         torch.testing.assert_close(out, expected, rtol=tolerance(capability, kv_dtype), atol=tolerance(capability, kv_dtype))
         for r, n in enumerate(lens.tolist()):
             stored, _ = read_blocks(batch.arena, group, offset, table[r, : -(-n // 32)])
-            assert torch.equal(stored[:n, 0], batch.inputs[r, :n].to(getattr(torch, kv_dtype)).float())
+            x, dtype = batch.inputs[r, :n], TORCH_DTYPES[kv_dtype]
+            if scales is not None:
+                x = (x / scales[0]).clamp(-torch.finfo(dtype).max, torch.finfo(dtype).max)
+            assert torch.equal(stored[:n, 0], x.to(dtype).float())
 
 
 def test_latent_attention_ignores_batch_chunks_and_threads(make_ops, batch_invariant, kv_dtype):

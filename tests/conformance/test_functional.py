@@ -3,6 +3,7 @@
 import pytest
 import torch
 
+from apportion.core.errors import InternalError
 from apportion.kernels.ops import RouteSpec, SamplingRows
 
 SIZES = [(1, 1), (3, 8), (5, 47), (33, 256), (2, 1000)]
@@ -115,18 +116,34 @@ def sampling_rows(n, **fields):
 
 
 @pytest.mark.parametrize("vocab", [1, 7, 1000, 32003])
-def test_sample(make_ops, reference, vocab):
-    ops, logits = make_ops("sample"), torch.randn(200 if vocab < 5000 else 40, vocab) * 3
+def test_sample(make_ops, reference, vocab, thin):
+    ops, logits = make_ops("sample"), thin(thin(thin(torch.randn(200 if vocab < 5000 else 40, vocab) * 3)))
     rows = sampling_rows(len(logits))
     got, expected = ops.sample(logits, rows), reference.sample(logits, rows)
     assert got.dtype == torch.int32
     assert (got != expected).sum() <= len(logits) // 200  # a draw may fall between the roundings of two exponentials
 
 
+@pytest.mark.parametrize("vocab", [1, 7, 50, 1000, 128_256])
+def test_apply_bitmask(make_ops, reference, vocab):
+    ops, num_bytes = make_ops("apply_bitmask"), (vocab + 7) // 8
+    masks = torch.randint(0, 256, (3, num_bytes + 4), dtype=torch.uint8)
+    masks[1, : num_bytes // 2], masks[2, num_bytes // 2 :] = 0, 255
+    logits, rows = torch.randn(5, vocab + 3)[:, 1 : vocab + 1], torch.tensor([4, 0, 2], dtype=torch.int32)
+    mine, theirs = logits.clone(), logits.clone()
+    ops.apply_bitmask(mine, rows, masks)
+    reference.apply_bitmask(theirs, rows, masks)
+    assert torch.equal(mine, theirs) and torch.equal(mine[[1, 3]], logits[[1, 3]])
+    allowed = [[bool(masks[g, t // 8] >> (t % 8) & 1) for t in range(vocab)] for g in range(3)] if vocab < 5000 else None
+    assert allowed is None or mine[rows.long()].isfinite().tolist() == allowed
+    with pytest.raises(InternalError, match="does not cover a vocabulary"):
+        ops.apply_bitmask(torch.zeros(1, 8 * masks.shape[1] + 1), rows[1:2], masks[:1])
+
+
 @pytest.mark.parametrize("fields", [{}, {"temperature": 0.0}, {"temperature": 1.0, "top_k": 3, "top_p": 1.0, "min_p": 0.0}], ids=str)
-def test_sample_breaks_ties_to_the_lower_id(make_ops, reference, fields):
-    ops, logits = make_ops("sample"), torch.randint(0, 4, (100, 50)).float()
-    rows = sampling_rows(100, **fields)
+def test_sample_breaks_ties_to_the_lower_id(make_ops, reference, fields, thin):
+    ops, logits = make_ops("sample"), thin(thin(torch.randint(0, 4, (100, 50)).float()))
+    rows = sampling_rows(len(logits), **fields)
     assert torch.equal(ops.sample(logits, rows), reference.sample(logits, rows))
 
 

@@ -7,7 +7,7 @@ from apportion.kernels.ops import ExpertsSpec, LinearSpec
 
 SHAPES = [(1, 1), (32, 32), (33, 47), (96, 128), (257, 80), (64, 1056)]
 ROWS = (1, 2, 3, 4, 7, 16, 17, 33, 64)
-MAX_ROWS = 70
+MAX_ROWS = 300
 
 
 def buffer(nbytes):
@@ -17,34 +17,51 @@ def buffer(nbytes):
     return raw[start : start + nbytes]
 
 
-def linear(ops, n, c, dtype, bias=False, pieces=1):
+def linear(ops, n, c, dtype, bias=False, pieces=1, gated=False):
     generator = torch.Generator().manual_seed(n * 1000 + c)
-    op = ops.linear(LinearSpec(n, c, dtype, bias))
+    op = ops.linear(LinearSpec(n, c, dtype, bias, gated))
     op.bind(buffer(op.nbytes))
     weight = torch.randn(n, c, generator=generator).to(getattr(torch, dtype))
     for part, row in zip(weight.split(-(-n // pieces)), range(0, n, -(-n // pieces)), strict=True):
         op.load_rows(part, row)
     if bias:
-        op.load_bias(torch.randn(n, generator=generator), 0)
+        for part, row in zip(torch.randn(n, generator=generator).split(-(-n // pieces)), range(0, n, -(-n // pieces)), strict=True):
+            op.load_bias(part, row)
     return op, weight.float()
 
 
 def seen_by(capability, x, dtype):
     """x as the multiplication takes it: rounded where that is declared."""
-    return x.to(getattr(torch, dtype)).float() if dtype in capability.rounds_activations else x
+    if dtype not in capability.rounds_activations:
+        return x
+    return x.to(torch.float16 if dtype == "float16" else torch.bfloat16).float()
 
 
 @pytest.mark.parametrize("n, c", SHAPES, ids=str)
 @pytest.mark.parametrize("bias", [False, True])
-def test_linear(make_ops, reference, capability, weight_dtype, n, c, bias):
+def test_linear(make_ops, reference, capability, weight_dtype, n, c, bias, thin):
     op, weight = linear(make_ops("linear"), n, c, weight_dtype, bias)
     oracle, _ = linear(reference, n, c, weight_dtype, bias)
-    for rows in ROWS:
+    for rows in thin(ROWS):
         x = torch.randn(rows, c)
         y, seen = op(x), seen_by(capability, x, weight_dtype)
         bound = 4e-7 * max(4, c**0.5) * (seen.abs() @ weight.abs().T + 1)  # rounding errors of a float32 sum, walked at random
         assert y.shape == (rows, n) and y.dtype == torch.float32
         assert ((y - oracle(seen)).abs() <= bound).all(), f"T={rows}"
+
+
+@pytest.mark.parametrize("f, c", [(1, 8), (47, 33), (64, 96), (129, 1056)], ids=str)
+@pytest.mark.parametrize("bias", [False, True])
+def test_gated_linear(make_ops, reference, capability, weight_dtype, f, c, bias):
+    op, weight = linear(make_ops("linear"), 2 * f, c, weight_dtype, bias, pieces=1 if f == 1 else 3, gated=True)
+    oracle, _ = linear(reference, 2 * f, c, weight_dtype, bias, gated=True)
+    for rows in (*ROWS, 290, 600):
+        x = torch.randn(rows, c) / c**0.5
+        y, seen = op(x), seen_by(capability, x, weight_dtype)
+        bound = 4e-7 * max(4, c**0.5) * (seen.abs() @ weight.abs().T + 1)
+        gate, up = (seen.abs() @ weight.abs().T + 3).chunk(2, dim=-1)  # with the largest bias; |silu(a)'| <= 1.1
+        assert y.shape == (rows, f) and y.dtype == torch.float32
+        assert ((y - oracle(seen)).abs() <= 1.1 * (bound[:, :f] * up + bound[:, f:] * gate) + 1e-6).all(), f"T={rows}"
 
 
 def test_linear_loads_in_pieces_from_any_float_dtype(make_ops, weight_dtype):
@@ -87,13 +104,15 @@ def test_linear_rows_are_the_weight(make_ops, weight_dtype):
 
 
 @pytest.mark.parametrize("n, c", [(33, 47), (257, 80), (64, 1056)], ids=str)
-def test_linear_rows_do_not_see_each_other(make_ops, batch_invariant, weight_dtype, n, c):
+@pytest.mark.parametrize("gated", [False, True])
+def test_linear_rows_do_not_see_each_other(make_ops, batch_invariant, weight_dtype, n, c, gated):
+    n *= 1 + gated
     x = torch.randn(MAX_ROWS, c)
-    op, _ = linear(make_ops("linear"), n, c, weight_dtype, True)
-    two, _ = linear(make_ops("linear", 2), n, c, weight_dtype, True)
+    op, _ = linear(make_ops("linear"), n, c, weight_dtype, True, gated=gated)
+    two, _ = linear(make_ops("linear", 2), n, c, weight_dtype, True, gated=gated)
     whole = op(x)
     assert torch.equal(whole, two(x)), "one and two threads differ"
-    for row in (0, 13, MAX_ROWS - 1):
+    for row in (0, 13, 280, MAX_ROWS - 1):
         assert torch.equal(op(x[row : row + 1])[0], whole[row]), f"row {row} alone"
     for rows in ROWS:
         assert torch.equal(op(x[5 : 5 + rows]), whole[5 : 5 + rows]), f"T={rows}"
@@ -102,7 +121,7 @@ def test_linear_rows_do_not_see_each_other(make_ops, batch_invariant, weight_dty
 
 def experts(ops, num, hidden, ffn, dtype):
     generator = torch.Generator().manual_seed(num)
-    op = ops.experts(ExpertsSpec(num, hidden, ffn, (dtype,)))
+    op = ops.experts(ExpertsSpec(num, hidden, ffn, ((dtype,) * 3,)))
     op.bind(buffer(op.nbytes))
     for expert in range(num):
         for projection, n, c in (("gate", ffn, hidden), ("up", ffn, hidden), ("down", hidden, ffn)):
@@ -119,11 +138,11 @@ def routed(rows, num, top_k, missing=0.0):
 
 @pytest.mark.parametrize("hidden, ffn", [(32, 32), (48, 40), (33, 65)], ids=str)
 @pytest.mark.parametrize("num, top_k", [(4, 1), (8, 3), (5, 5)], ids=str)
-def test_experts(make_ops, reference, capability, weight_dtype, hidden, ffn, num, top_k):
+def test_experts(make_ops, reference, capability, weight_dtype, hidden, ffn, num, top_k, thin):
     op, oracle = experts(make_ops("experts"), num, hidden, ffn, weight_dtype), experts(reference, num, hidden, ffn, weight_dtype)
     tolerance = {"bfloat16": 2e-2, "float16": 3e-3}.get(weight_dtype, 0) if weight_dtype in capability.rounds_activations else 1e-5
-    for rows in (1, 2, 9, 40):
-        for missing in (0.0, 0.5, 1.0):
+    for rows in thin(thin((9, 1, 2, 40))):
+        for missing in thin((0.5, 0.0, 1.0)):
             x, (ids, weights) = torch.randn(rows, hidden), routed(rows, num, top_k, missing)
             y, expected = op(x, ids, weights), oracle(seen_by(capability, x, weight_dtype), ids, weights)
             assert (y - expected).abs().max() <= tolerance * max(1.0, expected.abs().max()), f"T={rows}"

@@ -64,7 +64,7 @@ def kernels(request) -> str:
     return request.param
 
 
-@pytest.fixture(scope="session")
+@pytest.fixture(scope="module")  # inference mode must end before other tests of the process, which may train
 def make_driver():
     torch.set_num_threads(1)
     with torch.inference_mode():

@@ -27,6 +27,11 @@ def gpt(batch: int = 4, *, layers: int = 2, tied: bool = False, dtype: str = "fl
     return transformer(spec, batch, 4, gated=False, name="gpt")
 
 
+def unfused(batch: int = 4) -> Model:
+    """As before FlashAttention, with dropout; its masks let everything pass."""
+    return transformer(SPEC, batch, 4, gated=False, fused_attention=False, dropout=True, name="unfused")
+
+
 def llama(batch: int = 4, *, layers: int = 2, tied: bool = False) -> Model:
     return transformer(replace(SPEC, num_layers=layers, tied=tied, windows=(None,) * layers, num_heads=8), batch, 4, name="llama")
 

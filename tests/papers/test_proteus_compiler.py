@@ -21,7 +21,7 @@ from apportion.simulator.models.cnn import inception, resnet50, vgg19
 from apportion.simulator.models.dlrm import dlrm
 from apportion.simulator.ops import Dim, Model
 from apportion.simulator.strategy_tree import StrategyTree
-from tests.papers.proteus import count, gpt, llama, moe, prove
+from tests.papers.proteus import count, gpt, llama, moe, prove, unfused
 
 CLUSTER = Cluster.of(2, 4)
 
@@ -35,7 +35,7 @@ def cnns(batch: int = 4) -> list[Model]:
     return [vgg19(batch, **scale), resnet50(batch, **scale, blocks=(1, 1, 1, 1)), inception(batch, **scale, blocks=2)]
 
 
-MODELS = [gpt(), gpt(tied=True), llama(), moe(), small_dlrm(), *cnns()]
+MODELS = [gpt(), unfused(), gpt(tied=True), llama(), moe(), small_dlrm(), *cnns()]
 
 
 @pytest.mark.parametrize("model", MODELS, ids=lambda m: m.name)
@@ -50,7 +50,7 @@ def test_data_parallelism_reduces_each_gradient_once(model):
     assert all(task.stream == "gradient" for task in graph.tasks if task.kind != "compute")
 
 
-@pytest.mark.parametrize("model", [gpt(), llama()], ids=lambda m: m.name)
+@pytest.mark.parametrize("model", [gpt(), llama(), unfused()], ids=lambda m: m.name)
 @pytest.mark.parametrize("tp, dp", [(2, 1), (4, 1), (2, 2)])
 def test_megatron_needs_two_all_reduces_per_layer_and_pass(model, tp, dp):
     tree = StrategyTree(model)
@@ -64,7 +64,7 @@ def test_megatron_needs_two_all_reduces_per_layer_and_pass(model, tp, dp):
     assert len(backward) == (2 * 2 + 1) * dp  # and one into the vocabulary-parallel head
 
 
-@pytest.mark.parametrize("model", [gpt(), llama()], ids=lambda m: m.name)
+@pytest.mark.parametrize("model", [gpt(), llama(), unfused()], ids=lambda m: m.name)
 def test_sequence_parallelism_turns_all_reduces_into_scatters_and_gathers(model):
     tree = StrategyTree(model)
     presets.data_parallel(tree, CLUSTER.mesh(dp=2, tp=2))

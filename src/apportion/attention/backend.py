@@ -10,12 +10,12 @@ from torch import Tensor
 
 @dataclass(slots=True)
 class AttentionMetadata:
-    """One batch as one layer group sees it. All tensors int32, on the device.
+    """One batch as one layer group sees it. All tensors int32, on the host; `plan` brings them where the kernels want them.
 
     query_start_loc [R+1]: rows of request r are query_start_loc[r]..query_start_loc[r+1].
     seq_lens [R]: context length of request r, this step's tokens included; the i-th of its n query rows stands at seq_len - n + i.
     block_table [R, max_blocks]: entries in 256-byte units from the arena's base, -1 where dead.
-    handle: what the kernel made of it in `plan` (work items, pointers); opaque here.
+    handle: what the kernel made of it in `plan` (work items, pointers); opaque here. One of an earlier step may be given to be filled anew.
     """
 
     num_requests: int
@@ -35,7 +35,13 @@ class ForwardContext:
 
 
 class AttentionBackend(Protocol):
-    """How a batch attends. One object per layer group; `plan` makes no host sync."""
+    """How a batch attends. One object per layer group; `plan` makes no host sync.
+
+    generation: changes when the memory that plans lie in has moved, so that what remembers its addresses is void.
+    """
+
+    @property
+    def generation(self) -> int: ...
 
     def plan(self, metadata: AttentionMetadata) -> AttentionMetadata:
         """Prepare `metadata` (fill `handle`) for every layer of the group."""

@@ -19,6 +19,8 @@ class DenseBackend:
         self._ops = ops
         self._cos_sin = cos_sin
 
+    generation = 0
+
     def plan(self, metadata: AttentionMetadata) -> AttentionMetadata:
         starts = metadata.query_start_loc[: metadata.num_requests + 1]
         if not torch.equal(starts.diff(), metadata.seq_lens[: metadata.num_requests]):

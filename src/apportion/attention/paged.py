@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
+
 from torch import Tensor
 
 from apportion.attention.backend import AttentionMetadata
@@ -9,17 +11,25 @@ from apportion.kernels.ops import AttentionSpec, Ops
 
 
 class PagedBackend:
-    """One layer group over one KV arena (uint8 [bytes]). cos_sin: the rotary table, float32 [positions, rotary_dim]."""
+    """One layer group over one KV arena (uint8 [bytes]). cos_sin: the rotary table, float32 [positions, rotary_dim].
 
-    def __init__(self, ops: Ops, spec: AttentionSpec, arena: Tensor, cos_sin: Tensor) -> None:
+    scales: float32 [2, K] of each layer, where the format is scaled.
+    """
+
+    def __init__(self, ops: Ops, spec: AttentionSpec, arena: Tensor, cos_sin: Tensor, scales: Mapping[int, Tensor] | None = None) -> None:
         self.spec = spec
         self._kernel = ops.paged_attention(spec, arena)
         self._cos_sin = cos_sin
+        self._scales = scales or {}
         self._offsets = {layer: spec.kv.layer_offset(layer) for layer in spec.kv.layers}
+
+    @property
+    def generation(self) -> int:
+        return self._kernel.generation
 
     def plan(self, metadata: AttentionMetadata) -> AttentionMetadata:
         m = metadata
-        m.handle = self._kernel.plan(m.query_start_loc, m.seq_lens, m.block_table, m.num_requests, m.num_tokens)
+        m.handle = self._kernel.plan(m.query_start_loc, m.seq_lens, m.block_table, m.num_requests, m.num_tokens, m.handle)
         return m
 
     def run(
@@ -32,6 +42,6 @@ class PagedBackend:
         q_norm_D: Tensor | None = None,
         k_norm_D: Tensor | None = None,
     ) -> Tensor:
-        offset, handle = self._offsets[layer], metadata.handle
-        self._kernel.write(offset, qkv_TC, positions_T, self._cos_sin, handle, q_norm_D, k_norm_D)
-        return self._kernel.run(offset, qkv_TC, out_TC, handle)
+        offset, handle, scales = self._offsets[layer], metadata.handle, self._scales.get(layer)
+        self._kernel.write(offset, qkv_TC, positions_T, self._cos_sin, handle, q_norm_D, k_norm_D, scales)
+        return self._kernel.run(offset, qkv_TC, out_TC, handle, scales)

@@ -1,4 +1,4 @@
-"""`apportion bench`: latency of a batch, throughput of a queue, the machine's read bandwidth, and models to measure with."""
+"""`apportion bench`: latency of a batch, throughput of a queue, load on a server, the machine's read bandwidth, models to measure with."""
 
 from __future__ import annotations
 
@@ -7,6 +7,7 @@ import json
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from apportion.cli import bench_serve
 from apportion.cli.flags import add_engine_flags
 from apportion.cli.loading import load_llm
 
@@ -29,17 +30,23 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         command.add_argument("--data-seed", type=int, default=0, help="of token ids and lengths")
         command.add_argument("-q", "--quiet", action="store_true", help="nothing but the result")
         add_engine_flags(command)
+    serve = commands.add_parser("serve", help="load on any OpenAI-compatible server: latency, throughput, goodput, reports")
+    bench_serve.add_serve_arguments(serve)
+    report = commands.add_parser("report", help="results of bench serve as one HTML page, side by side")
+    bench_serve.add_report_arguments(report)
     bandwidth = commands.add_parser("bandwidth", help="how fast this machine reads memory: the floor under every decode step")
     bandwidth.add_argument("--num-threads", type=int, default=None)
     model = commands.add_parser("make-model", help="write a model of random weights")
     model.add_argument("--preset", required=True, help="bench-250m or bench-moe")
     model.add_argument("-o", "--output", type=Path, required=True, metavar="FOLDER")
     model.add_argument("--data-seed", type=int, default=0, help="of the weights")
-    for command in (latency, throughput, bandwidth, model):
+    for command in (latency, throughput, serve, bandwidth, model):
         command.add_argument("--json", action="store_true", help="one JSON object on stdout")
 
 
 def run(args: argparse.Namespace) -> int:
+    if args.command in ("serve", "report"):
+        return bench_serve.run_serve(args) if args.command == "serve" else bench_serve.run_report(args)
     result = {"latency": _latency, "throughput": _throughput, "bandwidth": _bandwidth, "make-model": _make_model}[args.command](args)
     if args.json:
         print(json.dumps(result))

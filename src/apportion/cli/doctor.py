@@ -15,7 +15,7 @@ from apportion import __version__
 
 # optional package -> (what needs it, how to get it)
 OPTIONAL = {
-    "gguf": ("writing GGUF files to compare with llama.cpp", "pip install '.[bench]' in the checkout"),
+    "gguf": ("reading GGUF files, and writing them to compare with llama.cpp", "pip install '.[gguf]' in the checkout"),
     "sentencepiece": ("models whose only tokenizer file is tokenizer.model", "pip install sentencepiece protobuf"),
 }
 LITTLE_MEMORY = 2 * 2**30
@@ -82,6 +82,7 @@ def examine(kernels: str = "auto") -> tuple[dict[str, dict[str, Any]], list[Find
             "known": [i.name for i in implementations()],
             "batch invariant": chosen.capability.batch_invariant,
         },
+        "number formats": _formats(chosen.make(None)),
     }
     absent = [(name, *entry) for name, entry in OPTIONAL.items() if find_spec(name) is None]
     findings = [Finding(f"{name} is not installed: needed for {needs_it}", fix) for name, needs_it, fix in absent]
@@ -97,6 +98,20 @@ def examine(kernels: str = "auto") -> tuple[dict[str, dict[str, Any]], list[Find
             Finding(f"only {format_bytes(device.free_memory())} of memory are free", "close something, or raise the container's limit")
         )
     return report, findings
+
+
+def _formats(ops: Any) -> dict[str, str]:
+    """What is stored in which format, and what it is computed in, here."""
+    from apportion.core.number_format import Scheme
+    from apportion.quant.checkpoint import PRESETS
+
+    found = {}
+    for name, spelt in PRESETS.items():
+        scheme = Scheme.parse(spelt.format(scale="_bf16"))
+        method = ops.method(scheme.name) if hasattr(ops, "method") else "dequantized for every call, computed in float32"
+        inputs = scheme.activation.name if scheme.activation else "as they are"
+        found[name] = f"weights stored as {scheme.weight.name}, inputs {inputs}; {method}"
+    return found | {"kv fp8": "one byte a number, widened to float32 as it is read; queries stay in float32"}
 
 
 def _versions() -> dict[str, str]:

@@ -31,11 +31,12 @@ def parse_logit_bias(text: str) -> tuple[int, float]:
         raise argparse.ArgumentTypeError(f"{text!r} is not TOKEN_ID:BIAS") from None
 
 
-def add_engine_flags(parser: argparse.ArgumentParser) -> None:
-    """Every keyword of LLM that can be written on a line."""
+def add_engine_flags(parser: argparse.ArgumentParser, *, model: bool = True) -> None:
+    """Every keyword of LLM that can be written on a line. model: also which model, where the verb has no argument for it."""
     group = parser.add_argument_group("engine", argument_default=argparse.SUPPRESS)
-    group.add_argument("--model", metavar="FOLDER_OR_ID", help="checkpoint folder or hub id (default: the bundled model)")
-    group.add_argument("--tokenizer", metavar="FOLDER_OR_ID", help="where the tokenizer is, if not beside the model")
+    if model:
+        group.add_argument("--model", metavar="FOLDER_OR_ID", help="checkpoint folder or hub id (default: the bundled model)")
+        group.add_argument("--tokenizer", metavar="FOLDER_OR_ID", help="where the tokenizer is, if not beside the model")
     group.add_argument("--revision", help="of a hub model: branch, tag or commit")
     group.add_argument("--dtype", choices=["auto", *DTYPES], help="of weights (default: the checkpoint's)")
     group.add_argument("--load-format", choices=["auto", "dummy"], help="dummy: random weights of the config's shapes")

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import argparse
 import sys
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from apportion.cli.flags import engine_keywords
 
@@ -13,13 +13,17 @@ if TYPE_CHECKING:
     from apportion.llm import LLM
 
 
-def load_llm(args: argparse.Namespace, *, quiet: bool = False) -> LLM:
-    """quiet: show nothing. Otherwise the memory plan comes before anything is loaded, and on a terminal a progress bar after it."""
+def load_llm(args: argparse.Namespace, *, quiet: bool = False, **instead: Any) -> LLM:
+    """quiet: show nothing. Otherwise the memory plan comes before anything is loaded, and on a terminal a progress bar after it.
+
+    instead: keywords of LLM that count in place of the flags.
+    """
     from apportion.engine.build import plan_engine
     from apportion.llm import LLM, engine_config
 
-    blueprint = plan_engine(engine_config(getattr(args, "model", None), **engine_keywords(args)))
-    tokenizer = getattr(args, "tokenizer", None)
+    keywords = {"model": getattr(args, "model", None), "tokenizer": getattr(args, "tokenizer", None)} | engine_keywords(args) | instead
+    tokenizer = keywords.pop("tokenizer")
+    blueprint = plan_engine(engine_config(**keywords))
     if quiet:
         return LLM.from_blueprint(blueprint, tokenizer=tokenizer)
     print(memory_line(blueprint.memory), file=sys.stderr)

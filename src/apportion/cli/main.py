@@ -16,11 +16,17 @@ from apportion.core.errors import ApportionError
 
 EXIT_ERROR, EXIT_INTERRUPTED = 2, 130
 
-# verb -> what it does. Each is a module here with add_arguments(parser) and run(args) -> exit code.
+# verb -> what it does. Each is a module here (with _ for -) with add_arguments(parser) and run(args) -> exit code.
 VERBS = {
     "generate": "complete prompts",
     "chat": "talk to a model in the terminal",
+    "serve": "answer OpenAI's API over HTTP",
+    "run-batch": "answer the requests of an OpenAI batch file",
+    "eval": "measure quality: perplexity, distance to a reference, retrieval, free text, questions",
+    "quantize": "write a quantized checkpoint of a model",
+    "inspect": "say what is stored in a checkpoint, tensor by tensor, and what each projection is computed in",
     "bench": "measure throughput or latency, or write a model of random weights to measure with",
+    "simulate": "say how fast a parallel strategy would be on a cluster, and whether it would fit",
     "doctor": "say what this machine offers, which kernels are chosen and why, and what is missing",
 }
 
@@ -34,10 +40,11 @@ def main(argv: Sequence[str] | None = None) -> int:
     for name, does in VERBS.items():
         verb_parser = verbs.add_parser(name, help=does, description=f"{does[0].upper()}{does[1:]}.")
         if name == verb:  # only the verb that is called pays for its imports
-            module = importlib.import_module(f"apportion.cli.{name}")
+            module = importlib.import_module(f"apportion.cli.{name.replace('-', '_')}")
             module.add_arguments(verb_parser)
             verb_parser.set_defaults(run=module.run)
     args = parser.parse_args(arguments)
+    args.arguments = arguments
     try:
         code: int = args.run(args)
         sys.stdout.flush()

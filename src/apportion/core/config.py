@@ -11,6 +11,7 @@ from dataclasses import dataclass, field
 from apportion.core.errors import InvalidParameter
 
 DTYPES = {"float32": 4, "bfloat16": 2, "float16": 2}
+DEVICES = ("auto", "cpu", "cuda", "rocm")
 PHASES = frozenset({"prefill", "decode"})
 _DTYPE_NAMES = {"auto": "auto", "float": "float32", "half": "float16"} | {name: name for name in DTYPES}
 
@@ -58,7 +59,8 @@ class ModelConfig:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class CacheConfig:
-    """kv_cache_memory: bytes for all KV of the engine, None sizes it from free memory. kv_cache_dtype 'auto' is the model's dtype."""
+    """kv_cache_memory: bytes for all KV of the engine, None sizes it from free memory. kv_cache_dtype: 'auto' is the model's dtype,
+    others are in core/kv_spec.KV_FORMATS."""
 
     block_size: int = 32
     kv_cache_dtype: str = "auto"
@@ -121,7 +123,7 @@ class ParallelConfig:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class EngineConfig:
-    """The whole tree. device: 'auto' or 'cpu' (later 'cuda'). num_threads None: the cores this process may use.
+    """The whole tree. device: 'auto' (a GPU if one is usable), 'cpu', 'cuda' or 'rocm'. num_threads None: the cores this process may use.
 
     kernels: 'auto' takes the fastest that the machine can run; 'reference' or 'cpu' pins one set and fails where it cannot run.
     """
@@ -138,8 +140,8 @@ class EngineConfig:
 
     def __post_init__(self) -> None:
         _positive("num_threads", self.num_threads)
-        if self.device not in ("auto", "cpu"):
-            raise InvalidParameter(f"unknown device {self.device!r}; known: auto, cpu")
+        if self.device not in DEVICES:
+            raise InvalidParameter(f"unknown device {self.device!r}; known: {', '.join(DEVICES)}")
         if len({m.name for m in self.models}) != len(self.models):
             raise InvalidParameter("two models have the same name; give each its own")
         _natural("seed", self.seed)

@@ -8,6 +8,7 @@ ApportionError
 ├── CheckpointError       a model folder: unknown architecture; missing, extra, misshapen or truncated tensors
 ├── OutOfMemory           what was asked for does not fit; says what would
 ├── NumericalError        NaN or infinite logits; fails one request
+├── BenchmarkFailed       nothing could be measured: the server is not ready, or no request succeeded
 ├── ExecutorDied          a worker process ended; carries the child's type, message and last frames
 └── InternalError         an invariant does not hold: a defect of ours
 
@@ -44,6 +45,10 @@ class OutOfMemory(ApportionError):
 
 
 class NumericalError(ApportionError):
+    pass
+
+
+class BenchmarkFailed(ApportionError):
     pass
 
 

@@ -87,8 +87,6 @@ def read_spec(config: Mapping[str, Any]) -> ModelSpec:
     if not known:
         named = ", ".join(map(repr, architectures)) or "none (config.json names no architectures)"
         raise Unsupported(f"unknown architecture {named}; known: {', '.join(sorted(ARCHITECTURES))}")
-    if quantized := fields.part("quantization_config"):
-        raise Unsupported(f"checkpoints quantized by {quantized.get('quant_method')!r} cannot be read; known: unquantized ones")
     if (activation := fields.get("hidden_act", "silu")) not in ("silu", "swish"):
         raise Unsupported(f"unknown hidden_act {activation!r}; known: silu")
     fields = Fields({**DEFAULTS.get(known[0], {}), **config})

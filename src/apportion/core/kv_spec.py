@@ -25,24 +25,27 @@ UNIT_BYTES = 256
 
 @dataclass(frozen=True, slots=True)
 class KVFormat:
-    """How one cached number is stored. `name` is the value of `kv_cache_dtype`."""
+    """How one cached number is stored. `name` is the value of `kv_cache_dtype`. scaled: divided by a scale of its layer and head."""
 
     name: str
     element_bytes: int
+    scaled: bool = False
 
     @property
     def lanes(self) -> int:
         return 4 // self.element_bytes
 
 
-KV_FORMATS = {f.name: f for f in (KVFormat("float32", 4), KVFormat("bfloat16", 2), KVFormat("float16", 2))}
+_ELEMENT_BYTES = {"float32": 4, "bfloat16": 2, "float16": 2, "fp8_e4m3": 1, "fp8_e5m2": 1}
+KV_FORMATS = {name: KVFormat(name, size, scaled=size == 1) for name, size in _ELEMENT_BYTES.items()}
+ALIASES = {"fp8": "fp8_e4m3"}
 
 
 def kv_format(name: str) -> KVFormat:
     try:
-        return KV_FORMATS[name]
+        return KV_FORMATS[ALIASES.get(name, name)]
     except KeyError:
-        raise InvalidParameter(f"unknown kv_cache_dtype {name!r}; known: {', '.join(KV_FORMATS)}") from None
+        raise InvalidParameter(f"unknown kv_cache_dtype {name!r}; known: {', '.join((*KV_FORMATS, *ALIASES))}") from None
 
 
 @dataclass(frozen=True, slots=True)

@@ -73,7 +73,8 @@ class ModelSpec:
 
     max_position: the longest context it is made for, rope scaling included. dtype: of the checkpoint. tied: the output projection is the
     embedding table. windows: per layer, the sliding window in tokens (itself included) or None. head_dim: channels of a query and a key
-    before any absorption. qkv_bias: of latent attention's down-projections, too.
+    before any absorption. qkv_bias: of latent attention's down-projections, too. quantized_bytes: of all weights as this engine packs them,
+    where formats other than one dtype are decided on.
     """
 
     architecture: str
@@ -98,6 +99,7 @@ class ModelSpec:
     latent: LatentSpec | None = None
     eos_token_ids: tuple[int, ...] = ()
     bos_token_id: int | None = None
+    quantized_bytes: int | None = None
 
     @classmethod
     def from_hf(cls, config: Mapping[str, Any]) -> ModelSpec:
@@ -178,11 +180,16 @@ class ModelSpec:
 
     def weight_bytes(self, dtype: str = "auto", tp_size: int = 1) -> int:
         """Bytes of packed weights on one rank, to about one percent: matrices in `dtype`, norms and biases in float32."""
+        if self.quantized_bytes is not None:
+            return self.quantized_bytes // tp_size
         matrices, vectors = self._parameters()
         return matrices * DTYPES[self.dtype if dtype == "auto" else dtype] // tp_size + vectors * 4
 
     def activation_bytes(self, num_tokens: int, num_logit_rows: int, tp_size: int = 1) -> int:
-        """Bytes of a step's largest buffers on one rank: float32, reused by every layer."""
+        """Bytes of a step's largest buffers on one rank: float32, reused by every layer.
+
+        Gates and ups count, though only kernels that cannot gate inside the product store them.
+        """
         width = self.head_dim * (2 * self.num_heads + 2 * self.num_kv_heads) // tp_size
         if (m := self.latent) is not None:  # queries, absorbed queries, attended latents, values
             width = self.num_heads * (self.head_dim + 2 * m.kv_lora_rank + m.qk_rope_dim + m.v_dim) // tp_size

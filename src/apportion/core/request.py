@@ -2,10 +2,14 @@
 
 from __future__ import annotations
 
+import math
 import time
 from dataclasses import dataclass, field
 from enum import Enum, auto
 
+from apportion.core.errors import InvalidInput
+from apportion.core.grammar import Grammar
+from apportion.core.pooling_params import PoolingParams
 from apportion.core.sampling_params import SamplingParams
 from apportion.core.schedule import TokenLogprobs
 
@@ -37,6 +41,8 @@ class Request:
     token_ids: prompt followed by generated tokens. num_computed_tokens: tokens whose KV a finished step has stored.
     num_in_flight_tokens: tokens scheduled in steps that have not ended (asynchronous scheduling). num_pending_samples: tokens that those
     steps will sample, so that a decode can be scheduled before its input token is known here.
+    grammar: what its text must follow, if anything. pooling_params: set where hidden states are wanted instead of tokens; `pooled` is then
+    what the computed tokens have brought so far: their sum, or the one row asked for.
     finish_reason: "stop", "length", "abort" or "error"; stop_reason: the token id or string that stopped it (None for the end token).
 
     The last group is the scheduler's own. max_total_tokens: prompt and output together. epoch: raised whenever the request's blocks are
@@ -51,6 +57,8 @@ class Request:
     priority: int = 0
     adapter_id: int | None = None
     tenant: str = ""  # salt of the prefix cache
+    grammar: Grammar | None = None
+    pooling_params: PoolingParams | None = None
     token_ids: list[int] = field(init=False)
     status: RequestStatus = RequestStatus.WAITING
     num_computed_tokens: int = 0
@@ -61,6 +69,7 @@ class Request:
     finish_reason: str | None = None
     stop_reason: int | str | None = None
     error: str | None = None
+    pooled: list[float] | None = None
     times: RequestTimes = field(default_factory=RequestTimes)
     max_total_tokens: int = 0
     stop_ids: frozenset[int] = frozenset()
@@ -86,6 +95,36 @@ class Request:
     @property
     def output_token_ids(self) -> list[int]:
         return self.token_ids[len(self.prompt_token_ids) :]
+
+    def append(self, token: int) -> tuple[str, int | None, str | None] | None:
+        """Take in a sampled token; returns how it ends the request, if it does: (finish_reason, stop_reason, error)."""
+        self.token_ids.append(token)
+        params = self.sampling_params
+        if token in self.stop_ids and self.num_output_tokens >= params.min_tokens:
+            return "stop", token if token in (params.stop_token_ids or ()) else None, None
+        if self.grammar is not None:
+            try:
+                self.grammar.accept(token)
+                if self.grammar.is_finished:
+                    return "stop", None, None
+            except InvalidInput as error:
+                return "error", None, str(error)
+        return ("length", None, None) if len(self.token_ids) >= self.max_total_tokens else None
+
+    def take_pooled(self, part: list[float] | None) -> bool:
+        """Add a chunk's part to the hidden states asked for; True when the prompt is whole."""
+        if part is not None:
+            self.pooled = part if self.pooled is None else [a + b for a, b in zip(self.pooled, part, strict=True)]
+        return self.num_computed_tokens >= self.num_prompt_tokens
+
+    @property
+    def embedding(self) -> list[float] | None:
+        """What pooling_params ask for, once all of the prompt is computed."""
+        params, pooled = self.pooling_params, self.pooled
+        if params is None or pooled is None or self.finish_reason != "stop":
+            return None
+        length = math.hypot(*pooled) if params.normalize else self.num_prompt_tokens if params.pooling_type == "mean" else 1.0
+        return [value / (length or 1.0) for value in pooled]
 
     @property
     def is_finished(self) -> bool:

@@ -8,9 +8,25 @@ from dataclasses import dataclass, field
 from typing import Any
 
 from apportion.core.errors import InvalidParameter
+from apportion.core.structured_outputs import StructuredOutputsParams
 
 MAX_SEED = 2**63 - 1
 _SWITCHES = ("include_stop_str_in_output", "ignore_eos", "detokenize", "skip_special_tokens", "spaces_between_special_tokens")
+
+
+@dataclass(frozen=True, slots=True)
+class PromptReference:
+    """Where a worker keeps, or finds, the log-probabilities of a prompt over the whole vocabulary: a whole distribution is too much to
+    send, so models are compared where their logits are made.
+
+    path: an existing file that every worker can map, rows of `vocab` float32. first_row: the row of the prompt's second token (the first
+    is not predicted), the others follow. compare: False writes this model's rows, True reads them and reports KL(reference || model).
+    """
+
+    path: str
+    first_row: int
+    vocab: int
+    compare: bool = False
 
 
 @dataclass(slots=True, kw_only=True)
@@ -21,7 +37,9 @@ class SamplingParams:
     CTRL (repetition: over prompt and generated tokens). seed None draws one; the seed drawn makes the request repeatable when given back.
     logprobs: how many top tokens to report at each position beside the chosen one (-1: the whole vocabulary); None for none.
     stop: strings; stop_token_ids: ids; `include_stop_str_in_output` keeps the matched text. max_tokens None: up to max_model_len.
+    prompt_reference: with prompt_logprobs, a file to record whole distributions in or to be compared with.
     truncate_prompt_tokens: keep the last so many tokens of the prompt (-1: as many as max_model_len allows).
+    structured_outputs: what shape the text must have (StructuredOutputsParams, or a mapping of its fields).
 
     Errors: InvalidParameter, naming the field and its limit.
     """
@@ -43,6 +61,7 @@ class SamplingParams:
     min_tokens: int = 0
     logprobs: int | None = None
     prompt_logprobs: int | None = None
+    prompt_reference: PromptReference | None = None
     logit_bias: dict[int, float] | None = None
     allowed_token_ids: Sequence[int] | None = None
     bad_words: Sequence[str] | None = None
@@ -50,6 +69,7 @@ class SamplingParams:
     detokenize: bool = True
     skip_special_tokens: bool = True
     spaces_between_special_tokens: bool = True
+    structured_outputs: StructuredOutputsParams | None = None
     priority: int = 0  # smaller runs earlier under the priority policy
     bad_words_token_ids: list[list[int]] = field(default_factory=list)  # made from bad_words by the tokenizer
 
@@ -67,6 +87,8 @@ class SamplingParams:
                 setattr(self, name, _listed(name, value))
         if self.logit_bias is not None and not isinstance(self.logit_bias, Mapping):
             raise InvalidParameter(f"logit_bias must map token ids to numbers, got {self.logit_bias!r}")
+        if isinstance(self.structured_outputs, Mapping):
+            self.structured_outputs = _structured_outputs(self.structured_outputs)
         if self.top_k == -1:
             self.top_k = 0
         self._check()
@@ -81,7 +103,7 @@ class SamplingParams:
         _number("min_p", self.min_p, 0.0, 1.0)
         _number("presence_penalty", self.presence_penalty, -2.0, 2.0)
         _number("frequency_penalty", self.frequency_penalty, -2.0, 2.0)
-        _number("repetition_penalty", self.repetition_penalty, 0.0, math.inf, open_low=True)
+        _number("repetition_penalty", self.repetition_penalty, 0.01, 100.0)  # logits are multiplied by it, or divided
         for name in _SWITCHES:
             if not isinstance(getattr(self, name), bool):
                 raise InvalidParameter(f"{name} must be True or False, got {getattr(self, name)!r}")
@@ -99,6 +121,8 @@ class SamplingParams:
                 _integer(name, value, -1, 2**31 - 1)
         if self.seed is not None:
             _integer("seed", self.seed, -MAX_SEED, MAX_SEED)
+        if self.prompt_reference is not None and self.prompt_logprobs is None:
+            raise InvalidParameter("prompt_reference needs prompt_logprobs: it is about the same positions")
         if self.n > 1 and self.is_greedy:
             raise InvalidParameter(f"n is {self.n} and temperature is 0: greedy completions would all be the same")
         if self.max_tokens is not None and self.min_tokens > self.max_tokens:
@@ -110,6 +134,10 @@ class SamplingParams:
         for name in ("stop_token_ids", "allowed_token_ids"):
             if any(not isinstance(t, int) or isinstance(t, bool) or t < 0 for t in getattr(self, name) or ()):
                 raise InvalidParameter(f"{name} must be non-negative integers")
+        if self.structured_outputs is not None and not isinstance(self.structured_outputs, StructuredOutputsParams):
+            raise InvalidParameter(f"structured_outputs must be StructuredOutputsParams, got {type(self.structured_outputs).__name__}")
+        if self.structured_outputs is not None and self.ignore_eos:
+            raise InvalidParameter("ignore_eos contradicts structured_outputs: a text that is complete can only end")
         if self.allowed_token_ids is not None and not self.allowed_token_ids:
             raise InvalidParameter("allowed_token_ids is empty: no token could be sampled")
         for token, bias in (self.logit_bias or {}).items():
@@ -124,6 +152,14 @@ def _listed(name: str, value: object) -> list[Any]:
     if isinstance(value, (str, bytes, Mapping)) or not isinstance(value, Iterable):
         raise InvalidParameter(f"{name} must be a list, got {value!r}")
     return list(value)
+
+
+def _structured_outputs(given: Mapping[str, Any]) -> StructuredOutputsParams:
+    known = StructuredOutputsParams.__dataclass_fields__
+    unknown = [name for name in given if name not in known]
+    if unknown:
+        raise InvalidParameter(f"unknown field {unknown[0]!r} of structured_outputs; known: {', '.join(known)}")
+    return StructuredOutputsParams(**given)
 
 
 def _number(name: str, value: object, low: float, high: float, *, open_low: bool = False) -> None:

@@ -16,6 +16,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass, field
 from enum import StrEnum
 
+from apportion.core.pooling_params import PoolingParams
 from apportion.core.sampling_params import SamplingParams
 
 
@@ -25,7 +26,8 @@ class NewRequest:
 
     token_ids: every token known so far, prompt first. block_tables: per layer group, entries in units of 256 bytes from the
     arena's base; an entry of -1 lies wholly behind the group's window. num_computed_tokens: tokens whose KV is already stored.
-    eos_token_ids: what ends the request by itself, held back until min_tokens.
+    eos_token_ids: what ends the request by itself, held back until min_tokens. pooling_params: set where hidden states are wanted; such a
+    request samples nothing.
     """
 
     request_id: str
@@ -36,6 +38,7 @@ class NewRequest:
     block_tables: tuple[list[int], ...]
     adapter_id: int | None = None
     eos_token_ids: tuple[int, ...] = ()
+    pooling_params: PoolingParams | None = None
 
 
 @dataclass(slots=True)
@@ -84,7 +87,7 @@ class SchedulerOutput:
     finished_ids: list[str] = field(default_factory=list)  # forget these (finished, aborted, moved or preempted)
     kv_ops: list[KVOp] = field(default_factory=list)
     draft_tokens: dict[str, list[int]] = field(default_factory=dict)
-    grammar_mask: dict[str, bytes] = field(default_factory=dict)  # one packed bit per vocabulary entry
+    grammar_mask: dict[str, bytes] = field(default_factory=dict)  # of rows that sample: one bit per token, lowest of a byte first
 
     @property
     def total_tokens(self) -> int:
@@ -93,11 +96,15 @@ class SchedulerOutput:
 
 @dataclass(slots=True)
 class TokenLogprobs:
-    """Log-probabilities at one position: the chosen token first, then the top ones, each with its rank (1 = most likely)."""
+    """Log-probabilities at one position: the chosen token first, then the top ones, each with its rank (1 = most likely).
+
+    kl: KL(reference || model) in nats over the whole vocabulary, where the request names a reference to be compared with.
+    """
 
     token_ids: list[int]
     logprobs: list[float]
     ranks: list[int]
+    kl: float | None = None
 
 
 @dataclass(slots=True)
@@ -110,6 +117,6 @@ class ModelRunnerOutput:
     logprobs: dict[str, list[TokenLogprobs]] = field(default_factory=dict)
     prompt_logprobs: dict[str, list[TokenLogprobs]] = field(default_factory=dict)  # of this chunk's positions
     num_accepted_drafts: dict[str, int] = field(default_factory=dict)
-    pooled: dict[str, list[float]] = field(default_factory=dict)
+    pooled: dict[str, list[float]] = field(default_factory=dict)  # this chunk's part: the sum of its rows, or the row asked for
     errors: dict[str, str] = field(default_factory=dict)  # request id -> one sentence; the others go on
     execute_s: float = 0.0

@@ -7,6 +7,7 @@ tensors or text: tokens become text in the `OutputProcessor` it is given.
 from __future__ import annotations
 
 import time
+from collections import deque
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Protocol
@@ -26,6 +27,7 @@ from apportion.engine.share_policies.round_robin import RoundRobin
 from apportion.kvcache.arena import Arena
 from apportion.kvcache.kv_cache_manager import KVCacheManager
 
+NUM_REMEMBERED_STEPS = 4096
 POLL_SLICE_S = 0.0002  # how long one lane is waited for while another may end first
 
 
@@ -49,6 +51,8 @@ class EngineModel:
 
 class Engine:
     """Holds models and lanes. Not thread-safe: one thread calls `step`, `add_request` and `abort`.
+
+    ended_steps: model and number of tokens of the last steps that ended, for whoever measures to take away.
 
     make_executor: starts an executor for a lane, over the KV memory that `arena` describes. output_processor: None leaves tokens as
     they are.
@@ -78,6 +82,7 @@ class Engine:
         self._clock = clock
         self._updates: list[RequestUpdate] = []  # for `step` to return
         self._death: ExecutorDied | None = None
+        self.ended_steps: deque[tuple[str, int]] = deque(maxlen=NUM_REMEMBERED_STEPS)
         try:
             for config in lanes:
                 self.lanes.append(Lane(config, make_executor))
@@ -200,6 +205,9 @@ class Engine:
             for name in self._share_policy.order(lane.config.name, names):
                 scheduler = self.models[name].scheduler
                 step = scheduler.schedule(lane.lane_id, lane.config.phases)
+                if scheduler.failed:
+                    self._updates += scheduler.failed
+                    scheduler.failed = []
                 if step is not None:
                     self._share_policy.ran(lane.config.name, name, step.output.total_tokens)
                     lane.submit(scheduler, step)
@@ -211,6 +219,7 @@ class Engine:
         ended = lane.poll(timeout_s)
         for scheduler, step, output in ended:
             updates = scheduler.update(step, output)
+            self.ended_steps.append((scheduler.model, step.output.total_tokens))
             self._process(updates)  # before the next step that has ended: a request that its text ends takes no more tokens
             self._updates += updates
         return len(ended)

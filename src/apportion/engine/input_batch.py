@@ -14,6 +14,7 @@ import torch
 from torch import Tensor
 
 from apportion.core.errors import InternalError, InvalidInput
+from apportion.core.sampling_params import PromptReference
 from apportion.core.schedule import CachedRequest, NewRequest, SchedulerOutput
 from apportion.engine.sampler import LogitRules, has_rules
 from apportion.kernels.ops import SamplingRows
@@ -53,6 +54,8 @@ class InputBatch:
         self.rules: dict[int, LogitRules] = {}  # by row, for the few requests that have any
         self.num_logprobs: dict[int, int] = {}
         self.num_prompt_logprobs: dict[str, int] = {}
+        self.pooling_types: dict[str, str] = {}
+        self.prompt_references: dict[str, PromptReference] = {}
 
     # -- what the engine says ---------------------------------------------------------------------------------------------
 
@@ -96,6 +99,10 @@ class InputBatch:
             self.num_logprobs[row] = params.logprobs
         if params.prompt_logprobs is not None:
             self.num_prompt_logprobs[new.request_id] = params.prompt_logprobs
+        if new.pooling_params is not None:
+            self.pooling_types[new.request_id] = new.pooling_params.pooling_type
+        if params.prompt_reference is not None:
+            self.prompt_references[new.request_id] = params.prompt_reference
         if has_rules(params):
             prompt, output = new.token_ids[: new.num_prompt_tokens], new.token_ids[new.num_prompt_tokens :]
             self.rules[row] = LogitRules(params, prompt, output, new.eos_token_ids, self._vocab)
@@ -123,6 +130,8 @@ class InputBatch:
             self.rules.pop(row, None)
             self.num_logprobs.pop(row, None)
             self.num_prompt_logprobs.pop(request_id, None)
+            self.pooling_types.pop(request_id, None)
+            self.prompt_references.pop(request_id, None)
 
     def _row(self, request_id: str) -> int:
         try:
@@ -147,7 +156,10 @@ class InputBatch:
         else:
             positions = np.arange(query_start_loc[-1], dtype=np.int32) + np.repeat(computed - query_start_loc[:-1], counts)
             token_ids = self._tokens[np.repeat(rows, counts), positions]
-        sampled = np.flatnonzero(seq_lens >= arrays["num_tokens"][rows])
+        samples = seq_lens >= arrays["num_tokens"][rows]
+        if self.pooling_types:
+            samples &= np.fromiter((request_id not in self.pooling_types for request_id in num_scheduled), np.bool_, len(rows))
+        sampled = np.flatnonzero(samples)
         widths = self._num_blocks[:, rows].max(axis=1, initial=1)
         return StepInputs(
             request_ids=list(num_scheduled),
@@ -171,12 +183,28 @@ class InputBatch:
         rows = step.rows[step.sampled]
         return [(int(i), int(rows[i])) for i in np.flatnonzero(self._arrays["has_extras"][rows])]
 
-    def prompt_targets(self, step: StepInputs, index: int) -> tuple[int, np.ndarray]:
-        """Of request `index` of the step: its first row of T, and the prompt tokens that this row and the next ones predict."""
+    def prompt_targets(self, step: StepInputs, index: int) -> tuple[int, int, np.ndarray]:
+        """Of request `index` of the step: its first row of T, and position and ids of the prompt tokens that it and the next predict."""
         row, start, stop = step.rows[index], int(step.query_start_loc[index]), int(step.query_start_loc[index + 1])
         first = int(step.seq_lens[index]) - (stop - start) + 1
         last = min(int(step.seq_lens[index]) + 1, int(self._arrays["num_prompt_tokens"][row]))
-        return start, self._tokens[row, first:last].copy()
+        return start, first, self._tokens[row, first:last].copy()
+
+    def pooled_rows(self, step: StepInputs) -> list[tuple[str, slice]]:
+        """(request id, the rows of T to sum) of each request whose hidden states this step brings."""
+        found = []
+        for index, request_id in enumerate(step.request_ids):
+            kind = self.pooling_types.get(request_id)
+            if kind is None:
+                continue
+            start, stop, end = int(step.query_start_loc[index]), int(step.query_start_loc[index + 1]), int(step.seq_lens[index])
+            if kind == "mean":
+                found.append((request_id, slice(start, stop)))
+            elif kind == "cls" and end == stop - start:
+                found.append((request_id, slice(start, start + 1)))
+            elif kind == "last" and end == int(self._arrays["num_tokens"][step.rows[index]]):
+                found.append((request_id, slice(stop - 1, stop)))
+        return found
 
     def append(self, step: StepInputs, indices: np.ndarray, token_ids: np.ndarray) -> None:
         """Requests `indices` [S] of the step sampled token_ids [S]: the next step of this worker reads them from here."""

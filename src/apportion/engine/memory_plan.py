@@ -77,7 +77,7 @@ def plan_memory(models: Sequence[tuple[ModelConfig, ModelSpec]], config: EngineC
     """
     named = config.cache.kv_cache_memory
     slab = _slab_bytes(models, config, named or free)
-    needs = [_model_memory(model, spec, config, slab) for model, spec in models]
+    needs = [model_memory(model, spec, config, slab) for model, spec in models]
     fixed = FIXED_BYTES * max(1, sum(lane.executor != "uniproc" for lane in config.lanes) * config.parallel.tensor_parallel_size)
 
     def taken() -> int:
@@ -99,7 +99,7 @@ def plan_memory(models: Sequence[tuple[ModelConfig, ModelSpec]], config: EngineC
             continue
         while (longer := _largest_that_fits(model, spec, config, room(), slab)) > fits:  # a shorter rotary table leaves more room
             fits = longer
-            needs[i] = _model_memory(replace(model, max_model_len=fits), spec, config, slab)
+            needs[i] = model_memory(replace(model, max_model_len=fits), spec, config, slab)
         if model.max_model_len is not None or fits < SHORTEST:
             raise OutOfMemory(_too_long(wanted, had, "kv_cache_memory gives" if named else "memory leaves", fits))
     useful = sum(m.sequence_kv for m in needs) * config.scheduler.max_num_seqs
@@ -138,7 +138,8 @@ def format_bytes(num_bytes: float) -> str:
     return f"{num_bytes:.2f} GiB"
 
 
-def _model_memory(model: ModelConfig, spec: ModelSpec, config: EngineConfig, slab_bytes: int) -> ModelMemory:
+def model_memory(model: ModelConfig, spec: ModelSpec, config: EngineConfig, slab_bytes: int) -> ModelMemory:
+    """What one model takes. Errors: InvalidParameter for a max_model_len it is not made for."""
     tp_size, scheduler = config.parallel.tensor_parallel_size, config.scheduler
     max_model_len = resolve_max_model_len(model, spec)
     step_tokens = min(scheduler.max_num_batched_tokens, max_model_len * scheduler.max_num_seqs)

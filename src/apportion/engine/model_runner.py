@@ -3,28 +3,43 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
+from typing import Any
 
 import torch
 from torch import Tensor
 
-from apportion.attention.backend import AttentionBackend, AttentionMetadata, ForwardContext
+from apportion.attention.backend import AttentionBackend
+from apportion.core.errors import InvalidInput
 from apportion.core.schedule import ModelRunnerOutput, SchedulerOutput
+from apportion.engine.decode_graphs import DecodeGraphs
+from apportion.engine.forward_pass import ForwardPass
 from apportion.engine.input_batch import InputBatch, StepInputs
+from apportion.engine.prompt_reference import meet_reference
 from apportion.engine.sampler import Sampler
 from apportion.kernels.ops import Ops
 from apportion.models.interface import CausalLM
+from apportion.platforms.platform import Captured
 
 PROMPT_LOGPROB_ELEMENTS = 1 << 22  # logits of a prompt held at once
 
 
 class ModelRunner:
-    """backends: one per layer group, in the order of the model's kv groups; they hold the arena."""
+    """backends: one per layer group, in the order of the model's kv groups; they hold the arena. capture: the platform's or None."""
 
-    def __init__(self, model: CausalLM, backends: Sequence[AttentionBackend], ops: Ops) -> None:
+    def __init__(
+        self,
+        model: CausalLM,
+        backends: Sequence[AttentionBackend],
+        ops: Ops,
+        capture: Callable[[Callable[[], Any]], Captured] | None = None,
+    ) -> None:
         spec = model.site.spec
-        self.model, self._backends, self._vocab = model, tuple(backends), spec.vocab
-        self.batch = InputBatch(len(self._backends), spec.vocab)
+        self.model, self._vocab = model, spec.vocab
+        self._device = ops.device
+        self._graphs = DecodeGraphs(capture, model, backends) if capture else None
+        self.batch = InputBatch(len(backends), spec.vocab)
+        self.forward = ForwardPass(model, tuple(backends), ops)
         self.sampler = Sampler(ops)
 
     def execute(self, step: SchedulerOutput) -> ModelRunnerOutput:
@@ -33,28 +48,25 @@ class ModelRunner:
         output.errors = self.batch.update(step)
         if step.num_scheduled_tokens:
             inputs = self.batch.build(step.num_scheduled_tokens)
-            context = ForwardContext(inputs.positions_T, self._plan(inputs))
-            hidden_TM = self.model.forward(inputs.token_ids_T, context)
+            replayed = self._graphs.run(inputs) if self._graphs is not None else None
+            hidden_TM, logits_TV = replayed if replayed is not None else (self.forward(inputs), None)
             if self.batch.num_prompt_logprobs:
                 self._prompt_logprobs(inputs, hidden_TM, output)
+            if self.batch.pooling_types:
+                self._pool(inputs, hidden_TM, output)
             if len(inputs.sampled):
-                self._sample(inputs, hidden_TM, step.grammar_mask, output)
+                self._sample(inputs, hidden_TM, logits_TV, step.grammar_mask, output)
         output.execute_s = time.perf_counter() - started
         return output
 
-    def _plan(self, inputs: StepInputs) -> tuple[AttentionMetadata, ...]:
-        """The batch as each layer group sees it."""
-        starts, lens = torch.from_numpy(inputs.query_start_loc), torch.from_numpy(inputs.seq_lens)
-        num_requests, num_tokens = len(inputs.rows), len(inputs.token_ids_T)
-        return tuple(
-            backend.plan(AttentionMetadata(num_requests, num_tokens, starts, lens, table))
-            for backend, table in zip(self._backends, inputs.block_tables, strict=True)
-        )
-
-    def _sample(self, inputs: StepInputs, hidden_TM: Tensor, masks: dict[str, bytes], output: ModelRunnerOutput) -> None:
+    def _sample(
+        self, inputs: StepInputs, hidden_TM: Tensor, logits_TV: Tensor | None, masks: dict[str, bytes], output: ModelRunnerOutput
+    ) -> None:
         batch = self.batch
-        all_rows = len(inputs.logit_rows) == len(hidden_TM)
-        logits_SV = self.model.compute_logits(hidden_TM if all_rows else hidden_TM[torch.from_numpy(inputs.logit_rows)])
+        known = hidden_TM if logits_TV is None else logits_TV
+        if len(inputs.logit_rows) < len(known):
+            known = known[torch.from_numpy(inputs.logit_rows).to(self._device)]
+        logits_SV = known if logits_TV is not None else self.model.compute_logits(known)
         extras = batch.extras(inputs)
         sampled_ids = [inputs.request_ids[i] for i in inputs.sampled]
         result = self.sampler(
@@ -73,6 +85,14 @@ class ModelRunner:
             output.token_ids[sampled_ids[i]] = []
             output.errors[sampled_ids[i]] = sentence
 
+    def _pool(self, inputs: StepInputs, hidden_TM: Tensor, output: ModelRunnerOutput) -> None:
+        for request_id, rows in self.batch.pooled_rows(inputs):
+            part = hidden_TM[rows].double().sum(dim=0)
+            if part.isfinite().all():
+                output.pooled[request_id] = part.tolist()
+            else:
+                output.errors[request_id] = "the model gave NaN or infinite hidden states; the request was stopped"
+
     def _prompt_logprobs(self, inputs: StepInputs, hidden_TM: Tensor, output: ModelRunnerOutput) -> None:
         """Every row of a prompt predicts the next prompt token; the logits of a long chunk are made piece by piece."""
         rows_at_once = max(1, PROMPT_LOGPROB_ELEMENTS // self._vocab)
@@ -80,9 +100,17 @@ class ModelRunner:
             num = self.batch.num_prompt_logprobs.get(request_id)
             if num is None:
                 continue
-            start, targets = self.batch.prompt_targets(inputs, index)
+            start, position, targets = self.batch.prompt_targets(inputs, index)
+            reference = self.batch.prompt_references.get(request_id)
             found = output.prompt_logprobs[request_id] = []
             for first in range(0, len(targets), rows_at_once):
                 chosen = torch.from_numpy(targets[first : first + rows_at_once])
                 logits = self.model.compute_logits(hidden_TM[start + first : start + first + len(chosen)])
-                found += self.sampler.logprobs(logits, chosen, [num] * len(chosen))
+                entries = self.sampler.logprobs(logits, chosen, [num] * len(chosen))
+                found += entries
+                if reference is not None:
+                    try:
+                        meet_reference(reference, position + first, logits, entries)
+                    except InvalidInput as error:
+                        output.errors[request_id] = str(error)
+                        break

@@ -5,11 +5,11 @@ Implements engine.OutputProcessor. It knows requests and tokenizers; it must not
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Container, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 
 from apportion.core.errors import InvalidRequest
-from apportion.core.outputs import CompletionOutput, Logprob, PromptLogprobs, RequestMetrics, RequestOutput, SampleLogprobs
+from apportion.core.outputs import CompletionOutput, Logprob, PromptLogprobs, RequestMetrics, RequestOutput, SampleLogprobs, SequenceDelta
 from apportion.core.request import Request, RequestTimes, RequestUpdate
 from apportion.core.schedule import TokenLogprobs
 from apportion.processor.detokenizer import Detokenizer
@@ -27,16 +27,20 @@ class _Group:
 
 @dataclass(slots=True, eq=False)
 class _Sequence:
-    """text_shown: what may be shown so far; it grows only."""
+    """text_shown: what may be shown so far; it grows only. num_told, num_prompt_told: tokens, prompt positions that `deltas` told."""
 
     request: Request
     group: _Group
+    index: int
     tokenizer: Tokenizer | None
     detokenizer: Detokenizer | None
     logprobs: SampleLogprobs | None
     prompt_logprobs: PromptLogprobs | None
+    prompt_kl: list[float] | None
     text_shown: str = ""
     cumulative_logprob: float = 0.0
+    num_told: int = 0
+    num_prompt_told: int = 0
 
 
 class OutputProcessor:
@@ -49,7 +53,7 @@ class OutputProcessor:
     def add(self, request_id: str, prompt: str | None, requests: Sequence[Request]) -> None:
         """Expect the sequences of one prompt, in the order of their index. Call before the engine sees them."""
         group = _Group(request_id, prompt)
-        for request in requests:
+        for index, request in enumerate(requests):
             params = request.sampling_params
             tokenizer = self._tokenizers.get(request.model)
             if params.detokenize and tokenizer is None and params.stop:
@@ -58,10 +62,12 @@ class OutputProcessor:
             sequence = _Sequence(
                 request=request,
                 group=group,
-                tokenizer=tokenizer,
+                index=index,
+                tokenizer=tokenizer if text else None,
                 detokenizer=Detokenizer(tokenizer, request.prompt_token_ids, params) if text and tokenizer else None,
                 logprobs=None if params.logprobs is None else [],
                 prompt_logprobs=None if params.prompt_logprobs is None else [None],
+                prompt_kl=[] if params.prompt_reference is not None and params.prompt_reference.compare else None,
             )
             group.sequences.append(sequence)
             self._sequences[request.request_id] = sequence
@@ -79,6 +85,8 @@ class OutputProcessor:
             return None  # its caller has gone
         if prompt_logprobs and sequence.prompt_logprobs is not None:
             sequence.prompt_logprobs += [_by_token(entry, sequence.tokenizer) for entry in prompt_logprobs]  # each position is told once
+            if sequence.prompt_kl is not None:
+                sequence.prompt_kl += [entry.kl for entry in prompt_logprobs if entry.kl is not None]
         if sequence.logprobs is not None:
             for entry in logprobs:
                 sequence.logprobs.append(_by_token(entry, sequence.tokenizer))
@@ -86,7 +94,8 @@ class OutputProcessor:
         if sequence.detokenizer is None or not token_ids:
             return None
         # A token that ended the sequence by its id is not part of the text, unless the caller wants to see what stopped it.
-        skip_last = request.finish_reason == "stop" and not request.sampling_params.include_stop_str_in_output
+        by_id = request.finish_reason == "stop" and token_ids[-1] in request.stop_ids
+        skip_last = by_id and not request.sampling_params.include_stop_str_in_output
         return sequence.detokenizer.append(token_ids, skip_last=skip_last)
 
     def outputs(self, updates: Sequence[RequestUpdate], *, finished_only: bool = False) -> list[RequestOutput]:
@@ -105,6 +114,19 @@ class OutputProcessor:
                 self.forget(s.request for s in group.sequences)
         return told
 
+    def deltas(self, updates: Sequence[RequestUpdate], whole: Container[str] = ()) -> list[SequenceDelta]:
+        """What is new in each sequence among `updates`; one that is finished is told and forgotten. Those whose request is in `whole`
+        are told once, when they are finished."""
+        told = []
+        for request in dict.fromkeys(update.request for update in updates):
+            sequence = self._sequences.get(request.request_id)
+            if sequence is None or (not request.is_finished and sequence.group.request_id in whole):
+                continue
+            told.append(_delta(sequence))
+            if request.is_finished:
+                del self._sequences[request.request_id]
+        return told
+
 
 def _by_token(entry: TokenLogprobs, tokenizer: Tokenizer | None) -> dict[int, Logprob]:
     return {
@@ -121,10 +143,31 @@ def _output(group: _Group, finished: bool) -> RequestOutput:
         prompt_token_ids=first.request.prompt_token_ids,
         outputs=[_completion(index, sequence) for index, sequence in enumerate(group.sequences)],
         prompt_logprobs=first.prompt_logprobs,
+        prompt_kl=first.prompt_kl,
         finished=finished,
         metrics=_metrics([s.request.times for s in group.sequences], finished),
         num_cached_tokens=first.request.num_cached_tokens,
+        embedding=first.request.embedding,
     )
+
+
+def _delta(sequence: _Sequence) -> SequenceDelta:
+    request = sequence.request
+    tokens = request.token_ids[request.num_prompt_tokens + sequence.num_told :]
+    delta = SequenceDelta(
+        request_id=sequence.group.request_id,
+        index=sequence.index,
+        text=sequence.detokenizer.take(request.is_finished) if sequence.detokenizer else "",
+        token_ids=tokens,
+        logprobs=None if sequence.logprobs is None else sequence.logprobs[sequence.num_told :],
+        prompt_logprobs=None if sequence.prompt_logprobs is None else sequence.prompt_logprobs[sequence.num_prompt_told :],
+        finish_reason=request.finish_reason,
+        stop_reason=request.stop_reason,
+        error=request.error,
+    )
+    sequence.num_told += len(tokens)
+    sequence.num_prompt_told += len(delta.prompt_logprobs or ())
+    return delta
 
 
 def _completion(index: int, sequence: _Sequence) -> CompletionOutput:

@@ -108,12 +108,6 @@ def _ids(name: str, ids: Sequence[int], vocab: int) -> Tensor:
     return torch.tensor(list(ids), dtype=torch.int64)
 
 
-def apply_grammar_mask(logits_V: Tensor, mask: bytes) -> None:
-    """mask: one bit per vocabulary entry, lowest bit first; a zero excludes the token."""
-    allowed = np.unpackbits(np.frombuffer(mask, np.uint8), bitorder="little", count=logits_V.shape[0])
-    logits_V.masked_fill_(torch.from_numpy(allowed == 0), -torch.inf)
-
-
 @dataclass(slots=True)
 class SamplerOutput:
     """token_ids int32 [S]. logprobs and errors by row; the token of a row with an error means nothing."""
@@ -137,14 +131,20 @@ class Sampler:
         grammar_masks: dict[int, bytes],
         num_logprobs: dict[int, int],
     ) -> SamplerOutput:
-        """logits float32 [S, V], changed in place. rules, grammar_masks, num_logprobs (-1: all): by row, for the rows that have any."""
+        """logits float32 [S, V], changed in place. rules, grammar_masks (a bit per token, lowest first), num_logprobs (-1: all): by
+        row, for the rows that have any."""
         wanted = sorted(num_logprobs)
         raw_WV = logits_SV[wanted] if wanted else logits_SV  # indexing copies: rules must not show in raw log-probabilities
         for row, rule in rules.items():
-            rule.apply(logits_SV[row])
-        for row, mask in grammar_masks.items():
-            apply_grammar_mask(logits_SV[row], mask)
-        output = SamplerOutput(self._ops.sample(logits_SV, rows).numpy())
+            on_host = logits_SV[row].cpu()  # the row itself where that is where it lies
+            rule.apply(on_host)
+            logits_SV[row] = on_host
+        if grammar_masks:
+            masks = np.stack([np.frombuffer(mask, np.uint8) for mask in grammar_masks.values()])
+            device = logits_SV.device
+            masked = torch.tensor(list(grammar_masks), dtype=torch.int32, device=device)
+            self._ops.apply_bitmask(logits_SV, masked, torch.from_numpy(masks).to(device))
+        output = SamplerOutput(self._ops.sample(logits_SV, rows).cpu().numpy())
         for row in np.flatnonzero(output.token_ids < 0).tolist():
             sentence = NOTHING_ALLOWED if float(logits_SV[row].max()) == -torch.inf else NOT_FINITE
             output.errors[row] = sentence.format(position=int(rows.position[row]))
@@ -156,6 +156,7 @@ class Sampler:
 
     def logprobs(self, logits_SV: Tensor, token_ids: Tensor, num: Sequence[int]) -> list[TokenLogprobs]:
         """Log-probabilities of token_ids int32 [S] and of the num[s] most likely tokens (-1: all) of each row."""
+        token_ids = token_ids.to(logits_SV.device)
         vocab = logits_SV.shape[1]
         counts = [vocab if n < 0 else min(n, vocab) for n in num]
         found: list[TokenLogprobs | None] = [None] * len(counts)

@@ -13,7 +13,6 @@ from __future__ import annotations
 import time
 from bisect import insort
 from collections.abc import Callable, Iterable
-from dataclasses import dataclass, field
 
 from apportion.core.config import SchedulerConfig
 from apportion.core.errors import InternalError, InvalidParameter, InvalidRequest
@@ -21,22 +20,12 @@ from apportion.core.metrics import EngineMetrics
 from apportion.core.request import NO_LANE, Request, RequestStatus, RequestUpdate
 from apportion.core.schedule import CachedRequest, ModelRunnerOutput, NewRequest, SchedulerOutput
 from apportion.engine.policies import POLICIES
-from apportion.engine.step import Step
+from apportion.engine.step import Draft, Step
 from apportion.kvcache.kv_cache_manager import NOTHING_NEW, Drains, KVCacheManager, Moves, NewBlocks
 
 GROWTH_START, GROWTH_STEP, GROWTH_DECAY = 0.1, 0.1, 0.998  # at first, per preemption, per step
 RETRY_STEPS = 16  # how long a request that did not fit is not tried again, unless blocks come back
 MAX_REPLAYS = 2  # a request that was in flight in more lane deaths in a row than this is taken for their cause
-
-
-@dataclass(slots=True, eq=False)
-class _Draft:
-    """A step being composed. rows: request -> (start, tokens, new blocks), in batch order."""
-
-    lane: int
-    budget: int
-    rows: dict[Request, tuple[int, int, NewBlocks]] = field(default_factory=dict)
-    short_of_memory: bool = False
 
 
 class Scheduler:
@@ -62,6 +51,7 @@ class Scheduler:
         self.waiting: list[Request] = []  # in the policy's order
         self.metrics = EngineMetrics()
         self._order_key = POLICIES.get(config.policy)
+        self.failed: list[RequestUpdate] = []  # requests that `schedule` had to end, for the engine to take and tell
         self._requests: dict[str, Request] = {}
         self._in_flight: dict[int, Step] = {}
         self._finished_ids: dict[int, list[str]] = {}  # lane -> what it may forget
@@ -74,17 +64,17 @@ class Scheduler:
     def add(self, request: Request) -> None:
         """Queue a request. Errors: InvalidRequest when it is empty, too long or could never fit in the KV memory."""
         params = request.sampling_params
-        num_prompt = request.num_prompt_tokens
+        num_prompt, pools = request.num_prompt_tokens, request.pooling_params is not None
         if request.request_id in self._requests:
             raise InvalidRequest(f"request id {request.request_id!r} is in use")
         if num_prompt == 0:
             raise InvalidRequest("the prompt is empty; give at least one token")
-        if num_prompt >= self.max_model_len:
+        if num_prompt >= self.max_model_len + pools:
             raise InvalidRequest(
-                f"the prompt has {num_prompt} tokens and max_model_len is {self.max_model_len}:"
-                f" at most {self.max_model_len - 1} leave room for output"
+                f"the prompt has {num_prompt} tokens and max_model_len is {self.max_model_len}"
+                + ("" if pools else f": at most {self.max_model_len - 1} leave room for output")
             )
-        limit = self.max_model_len if params.max_tokens is None else min(self.max_model_len, num_prompt + params.max_tokens)
+        limit = min(self.max_model_len, num_prompt + (0 if pools else params.max_tokens or self.max_model_len))
         most = self.kv.max_request_len() + 1  # the last token is never stored
         if limit > most:
             raise InvalidRequest(
@@ -119,7 +109,7 @@ class Scheduler:
 
     def schedule(self, lane: int, phases: frozenset[str]) -> Step | None:
         """The next step for `lane`, which takes `phases` of the work; None when there is nothing it could do now."""
-        draft = _Draft(lane, self.config.max_num_batched_tokens)
+        draft = Draft(lane, self.config.max_num_batched_tokens, self.clock)
         takes_decode = "decode" in phases
         prefills: list[Request] = []
         for request in self.running:  # shrinks at its end when somebody is preempted
@@ -128,7 +118,7 @@ class Scheduler:
             start = request.num_computed_tokens + request.num_in_flight_tokens
             known = len(request.token_ids) + request.num_pending_samples
             if known - start == 1 and start >= len(request.prompt_token_ids):
-                if takes_decode and known < request.max_total_tokens and draft.budget:
+                if takes_decode and known < request.max_total_tokens and draft.budget and draft.may_sample(request):
                     self._place(draft, request, start, 1)
             elif known > start:
                 prefills.append(request)
@@ -137,8 +127,13 @@ class Scheduler:
                 if request.status is RequestStatus.RUNNING and draft.budget:
                     start = request.num_computed_tokens + request.num_in_flight_tokens
                     known = len(request.token_ids) + request.num_pending_samples
-                    self._place(draft, request, start, self._chunk(known - start, draft.budget))
+                    num_tokens = self._chunk(known - start, draft.budget)
+                    waits = num_tokens == known - start and not draft.may_sample(request)
+                    self._place(draft, request, start, num_tokens - waits)
             self._admit(draft)
+        for request, error in draft.failed.items():
+            self.finish(request, "error", error=error)
+            self.failed.append(RequestUpdate(request))
         return self._commit(draft) if draft.rows or self._moves.ops else None
 
     def reclaim(self, num_bytes: int) -> int:
@@ -175,6 +170,9 @@ class Scheduler:
                 error = f"the executor returned {len(tokens)} tokens for request {request_id} where {int(samples)} was due"
             if error is not None:
                 self.finish(request, "error", error=error)
+                updates.append(RequestUpdate(request))
+            elif request.pooling_params and epoch == request.epoch and request.take_pooled(output.pooled.get(request_id)):
+                self.finish(request, "stop")
                 updates.append(RequestUpdate(request))
             elif tokens:
                 tokens = self._append(request, tokens, now)
@@ -242,7 +240,7 @@ class Scheduler:
         if any(not self.kv.holds(r) for r in self.running) or any(self.kv.holds(r) for r in self.waiting):
             raise InternalError(f"{self.model}: the block tables are not those of the running requests")
 
-    def _place(self, draft: _Draft, request: Request, start: int, num_tokens: int) -> None:
+    def _place(self, draft: Draft, request: Request, start: int, num_tokens: int) -> None:
         """Give a running request a row, preempting the last in order while memory is short."""
         if not num_tokens:
             return
@@ -265,10 +263,12 @@ class Scheduler:
         draft.rows[request] = (start, num_tokens, new)
         draft.budget -= num_tokens
 
-    def _admit(self, draft: _Draft) -> None:
+    def _admit(self, draft: Draft) -> None:
         """Start waiting requests, in order, while they fit."""
         while self.waiting and len(self.running) < self.config.max_num_seqs and draft.budget and not draft.short_of_memory:
             request = self.waiting[0]
+            if not draft.may_sample(request):
+                return
             now = (request, self.kv.arena.num_releases, self._num_steps // RETRY_STEPS)
             if request.num_in_flight_steps or self._blocked == now:
                 return
@@ -307,7 +307,7 @@ class Scheduler:
             return remaining if remaining <= budget else 0
         return min(remaining, budget, self.config.long_prefill_token_threshold or budget)
 
-    def _commit(self, draft: _Draft) -> Step:
+    def _commit(self, draft: Draft) -> Step:
         """Count the rows as in flight and write down what changed since the lane last heard."""
         lane, step_id = draft.lane, self._num_steps
         self._num_steps += 1
@@ -322,7 +322,9 @@ class Scheduler:
                 self._forget(request)
                 request.lane = lane
                 output.new_requests.append(self._describe(request, start))
-            samples = start + num_tokens == len(request.token_ids) + request.num_pending_samples
+            samples = request.pooling_params is None and start + num_tokens == len(request.token_ids) + request.num_pending_samples
+            if samples and request.grammar is not None:
+                output.grammar_mask[request.request_id] = draft.masks[request]
             output.num_scheduled_tokens[request.request_id] = num_tokens
             request.num_in_flight_tokens += num_tokens
             request.num_in_flight_steps += 1
@@ -341,7 +343,8 @@ class Scheduler:
     def _describe(self, request: Request, start: int) -> NewRequest:
         tokens, tables = list(request.token_ids), self.kv.tables(request)
         num_prompt, params = request.num_prompt_tokens, request.sampling_params
-        return NewRequest(request.request_id, tokens, num_prompt, start, params, tables, request.adapter_id, tuple(request.eos_token_ids))
+        adapter, eos, pooling = request.adapter_id, tuple(request.eos_token_ids), request.pooling_params
+        return NewRequest(request.request_id, tokens, num_prompt, start, params, tables, adapter, eos, pooling)
 
     def _append(self, request: Request, tokens: list[int], now: float) -> list[int]:
         """Add sampled tokens up to the one that ends the request, if any; returns those added."""
@@ -350,15 +353,11 @@ class Scheduler:
             times.first_token_s = now
         times.last_token_s = now
         for count, token in enumerate(tokens, 1):
-            request.token_ids.append(token)
             self.metrics.generation_tokens += 1
-            if token in request.stop_ids and request.num_output_tokens >= request.sampling_params.min_tokens:
-                self.finish(request, "stop", token if token in (request.sampling_params.stop_token_ids or ()) else None)
-            elif len(request.token_ids) >= request.max_total_tokens:
-                self.finish(request, "length")
-            else:
-                continue
-            return tokens[:count]
+            end = request.append(token)
+            if end is not None:
+                self.finish(request, *end)
+                return tokens[:count]
         return tokens
 
     def _end(self, step: Step) -> None:
@@ -371,6 +370,7 @@ class Scheduler:
     def _preempt(self, request: Request) -> None:
         self.running.remove(request)
         self._give_up(request)
+        request.pooled = None
         self._growth = min(1.0, self._growth + GROWTH_STEP)
         request.num_preemptions += 1
         self.metrics.num_preemptions += 1

@@ -76,7 +76,7 @@ class Worker:
             loaded = attach_model(manifest, arena, self.ops, self.group)
         max_len = config.max_model_len or spec.max_position
         backends = bind_paged_attention(loaded.model, loaded.model.site, kv_groups, self.storage.tensor, max_len)
-        self.runners[config.name] = ModelRunner(loaded.model, backends, self.ops)
+        self.runners[config.name] = ModelRunner(loaded.model, backends, self.ops, self.platform.capture)
         return loaded.arena, loaded.manifest
 
     def unload_model(self, name: str) -> bool:

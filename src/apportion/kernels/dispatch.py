@@ -23,7 +23,7 @@ logger = logging.getLogger(__name__)
 
 ALL_OPS = (
     "linear", "experts", "paged_attention", "latent_attention", "rms_norm", "add_rms_norm", "silu_mul", "rotate", "route", "sample",
-    "logprobs",
+    "logprobs", "apply_bitmask",
 )  # fmt: skip
 
 
@@ -31,7 +31,8 @@ ALL_OPS = (
 class Capability:
     """device: platform name. isa: instruction set. ops: those it has; one that lacks any cannot be selected, only tested.
 
-    rounds_activations: the weight dtypes under which a linear rounds its input to that dtype.
+    rounds_activations: the elements of weights under which a linear rounds its input to bfloat16 (float16 weights: to float16), unless the
+    scheme says to what. quantized: linears and experts take schemes with scales too (core/number_format).
     batch_invariant: the promise at the top of kernels/ops. limits: what else a caller should know, in words.
     """
 
@@ -42,6 +43,7 @@ class Capability:
     kv_dtypes: tuple[str, ...] = ("float32", "bfloat16", "float16")
     batch_invariant: bool = False
     rounds_activations: tuple[str, ...] = ()
+    quantized: bool = True
     limits: tuple[str, ...] = ()
 
 

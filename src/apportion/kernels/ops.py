@@ -18,28 +18,60 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import Any, Protocol
 
+import torch
 from torch import Tensor
 
+from apportion.core.errors import InvalidParameter
 from apportion.core.kv_spec import KVGroupSpec
+from apportion.core.number_format import NumberFormat
 
 PARTITION_LEN = 1024  # tokens of context one work item of attention walks with one running maximum
 WEIGHT_DTYPES = ("float32", "bfloat16", "float16")
 
 
+@dataclass(slots=True)
+class QuantizedWeight:
+    """Rows [n, C] of a matrix as they are stored, whatever file they come from (kernels/reference/number_formats gives them meaning).
+
+    codes: uint8 [n, C], one code each: the bits of a float8, or an integer in offset binary (0 is the least). scale: float32, one for each
+    block of the format, `format.scale_shape(n, C)`. zero: of the shape of scale: uint8 zero points in the codes' offset binary, or float32
+    minima. order: int32 [C], the input channel of each column. input_scale: float32 [1], of a static activation format.
+    """
+
+    format: NumberFormat
+    codes: Tensor
+    scale: Tensor
+    zero: Tensor | None = None
+    order: Tensor | None = None
+    input_scale: Tensor | None = None
+
+
 @dataclass(frozen=True, slots=True)
 class LinearSpec:
-    """y[T, N] = x[T, C] @ w[N, C]^T + bias[N]."""
+    """y[T, N] = x[T, C] @ w[N, C]^T + bias[N]. scheme: how w is stored and what x is rounded to (core/number_format); a dtype is one.
+
+    gated (in floating point only): the first half of the N rows are gates, the rest ups: y[T, N / 2] = silu(gates) * ups, and neither half
+    is ever stored.
+    """
 
     out_features: int
     in_features: int
-    dtype: str = "float32"
+    scheme: str = "float32"
     bias: bool = False
+    gated: bool = False
+
+    @property
+    def width(self) -> int:
+        """Of y."""
+        return self.out_features // 2 if self.gated else self.out_features
 
 
 class Linear(Protocol):
-    """A linear with its weight in packed panels, [N / 32][C / lanes][32][lanes], lanes = 4 // element_bytes.
+    """A linear and its weight, in the layout its implementation likes best: a manifest's bytes are for one set of kernels.
 
-    N and C are padded to multiples of 32 with zeros. The bias (float32) follows the panels in the same buffer.
+    Floating point on the CPU: panels [N / 32][C / lanes][32][lanes], lanes = 4 // element_bytes; N and C are padded to multiples of 32
+    with zeros; the bias (float32) follows the panels in the same buffer. Gated: the panels of gates and ups alternate, each half padded by
+    itself.
     """
 
     spec: LinearSpec
@@ -48,29 +80,39 @@ class Linear(Protocol):
     def bind(self, buffer: Tensor) -> None:
         """Use `buffer` (uint8 [nbytes], 256-byte aligned) as storage; its content is kept: it may be already packed."""
 
-    def load_rows(self, weight: Tensor, row: int) -> None:
-        """Pack weight [n, C] (any float dtype) as output rows row..row+n."""
+    def load_rows(self, weight: Tensor | QuantizedWeight, row: int) -> None:
+        """Pack weight [n, C] as output rows row..row+n: any float dtype for a floating-point scheme, else codes of the scheme's format.
+
+        Where blocks of scales span several rows, `row` is a multiple of them.
+        """
 
     def load_bias(self, bias: Tensor, row: int) -> None: ...
 
     def __call__(self, x: Tensor, out: Tensor | None = None) -> Tensor:
-        """x [T, C] -> [T, N] float32. x may be a view with a row stride."""
+        """x [T, C] -> [T, spec.width] float32. x may be a view with a row stride."""
 
-    def rows(self, ids: Tensor) -> Tensor:
-        """Rows `ids` (int32 [T]) of the weight as float32 [T, C]: a tied embedding reads its table from the packed panels."""
+    def rows(self, ids: Tensor, out: Tensor | None = None) -> Tensor:
+        """Rows `ids` (int32 [T]) of the weight as float32 [T, C]: a tied embedding reads its packed table. Not of a gated one."""
 
 
 @dataclass(frozen=True, slots=True)
 class ExpertsSpec:
     """E experts of gate, up, down: y = sum over chosen e of p_e * down_e(silu(gate_e x) * up_e x).
 
-    dtypes: one per expert, so that experts may differ once mixed records exist; a single entry means all alike.
+    schemes: those of (gate, up, down) of each expert, since experts and projections may differ; a single entry means all experts alike.
     """
 
     num_experts: int
     hidden: int
     ffn: int
-    dtypes: tuple[str, ...] = ("float32",)
+    schemes: tuple[tuple[str, str, str], ...] = (("float32", "float32", "float32"),)
+
+    def __post_init__(self) -> None:
+        if len(self.schemes) not in (1, self.num_experts):
+            raise InvalidParameter(f"{len(self.schemes)} schemes were given for {self.num_experts} experts; give one, or one per expert.")
+
+    def schemes_of(self, expert: int) -> tuple[str, str, str]:
+        return self.schemes[expert if len(self.schemes) > 1 else 0]
 
 
 class Experts(Protocol):
@@ -79,7 +121,7 @@ class Experts(Protocol):
 
     def bind(self, buffer: Tensor) -> None: ...
 
-    def load(self, expert: int, projection: str, weight: Tensor, row: int = 0) -> None:
+    def load(self, expert: int, projection: str, weight: Tensor | QuantizedWeight, row: int = 0) -> None:
         """projection: 'gate' or 'up' (weight [n, M], rows row..row+n of F) or 'down' (weight [n, F], rows of M)."""
 
     def __call__(self, x: Tensor, expert_ids: Tensor, expert_weights: Tensor) -> Tensor:
@@ -127,8 +169,17 @@ class PagedAttention(Protocol):
 
     spec: AttentionSpec
 
-    def plan(self, query_start_loc: Tensor, seq_lens: Tensor, block_table: Tensor, num_requests: int, num_tokens: int) -> Any:
-        """A handle for `write` and `run`, valid while the tensors live: work items for the team. Once a step."""
+    @property
+    def generation(self) -> int:
+        """Changes when the memory that plans lie in has moved."""
+
+    def plan(
+        self, query_start_loc: Tensor, seq_lens: Tensor, block_table: Tensor, num_requests: int, num_tokens: int, handle: Any = None
+    ) -> Any:
+        """A handle for `write` and `run`, valid while the tensors live: work items for the team. Once a step.
+
+        handle: one from an earlier step, to be filled anew and returned: a recording that was made with it then replays this step.
+        """
 
     def write(
         self,
@@ -139,14 +190,16 @@ class PagedAttention(Protocol):
         handle: Any,
         q_norm: Tensor | None = None,
         k_norm: Tensor | None = None,
+        scales: Tensor | None = None,
     ) -> None:
         """qkv [T, (H + 2K) * D]: normalize (optional) and rotate q in place and k; store k and v of the T new tokens.
 
         positions int32 [T]; cos_sin float32 [P, rotary_dim]: cos in the first half, sin in the second. layer_offset: bytes
-        of the layer inside a block (KVGroupSpec.layer_offset).
+        of the layer inside a block (KVGroupSpec.layer_offset). scales float32 [2, K]: what keys and values are divided by where the
+        format is scaled, None for 1.
         """
 
-    def run(self, layer_offset: int, qkv: Tensor, out: Tensor, handle: Any) -> Tensor:
+    def run(self, layer_offset: int, qkv: Tensor, out: Tensor, handle: Any, scales: Tensor | None = None) -> Tensor:
         """Causal attention of the rotated q in qkv over the stored context -> out [T, H * D]."""
 
 
@@ -155,12 +208,17 @@ class LatentAttention(Protocol):
 
     spec: AttentionSpec
 
-    def plan(self, query_start_loc: Tensor, seq_lens: Tensor, block_table: Tensor, num_requests: int, num_tokens: int) -> Any: ...
+    @property
+    def generation(self) -> int: ...
 
-    def write(self, layer_offset: int, latent: Tensor, handle: Any) -> None:
-        """latent [T, head_dim]: normalized latent followed by the rotated shared key."""
+    def plan(
+        self, query_start_loc: Tensor, seq_lens: Tensor, block_table: Tensor, num_requests: int, num_tokens: int, handle: Any = None
+    ) -> Any: ...
 
-    def run(self, layer_offset: int, q: Tensor, out: Tensor, handle: Any) -> Tensor:
+    def write(self, layer_offset: int, latent: Tensor, handle: Any, scales: Tensor | None = None) -> None:
+        """latent [T, head_dim]: normalized latent followed by the rotated shared key. scales float32 [2, 1], both the same."""
+
+    def run(self, layer_offset: int, q: Tensor, out: Tensor, handle: Any, scales: Tensor | None = None) -> Tensor:
         """q [T, H, head_dim] (absorbed and rotated) -> out [T, H, v_head_dim]."""
 
 
@@ -176,10 +234,27 @@ class SamplingRows:
     position: Tensor
 
 
+class Recording(Protocol):
+    """Calls of one Ops and its objects, kept to be made again with the same arguments, addresses included: a step without Python.
+
+    Inside `with recording:` every call is made and kept; what torch does there is not. Who records keeps all memory of the calls alive.
+    """
+
+    num_calls: int
+
+    def __enter__(self) -> Any: ...
+    def __exit__(self, *exception: object) -> None: ...
+    def replay(self) -> None: ...
+
+
 class Ops(Protocol):
     """The operators of one device, chosen once (`dispatch.select_ops`). Functional ones are plain methods."""
 
     name: str
+    device: torch.device  # where every tensor lies that they are given, except a step's metadata (`plan`): the host brings that
+
+    def recording(self) -> Recording | None:
+        """A new, empty one; None where calls cannot be kept."""
 
     def linear(self, spec: LinearSpec) -> Linear: ...
     def experts(self, spec: ExpertsSpec) -> Experts: ...
@@ -213,6 +288,10 @@ class Ops(Protocol):
         its first word >> 8, times 2^-24.
         A row with a NaN, or whose largest logit is not finite, gives -1.
         """
+
+    def apply_bitmask(self, logits: Tensor, rows: Tensor, masks: Tensor) -> None:
+        """Exclude tokens in place: minus infinity where a bit is 0. logits float32 [R, V]; rows int32 [G]: which of R have a mask;
+        masks uint8 [G, B], B >= V / 8, a bit per token, the lowest of a byte first."""
 
     def logprobs(self, logits: Tensor, token_ids: Tensor, top_n: int) -> tuple[Tensor, Tensor, Tensor, Tensor]:
         """log-softmax of R rows: (logprob of token_ids [R], its rank int32 [R] from 1, top ids int32 [R, n], top logprobs [R, n])."""

@@ -281,7 +281,9 @@ class KVCacheManager:
                     moved.add(request)
 
     def _may_share(self, request: Request) -> bool:
-        return self.enable_prefix_caching and request.sampling_params.prompt_logprobs is None
+        pooling = request.pooling_params
+        needs_every_token = request.sampling_params.prompt_logprobs is not None or (pooling is not None and pooling.needs_every_token)
+        return self.enable_prefix_caching and not needs_every_token
 
     def _peak_blocks(self, spec: KVGroupSpec, num_tokens: int) -> int:
         if spec.sliding_window is not None:

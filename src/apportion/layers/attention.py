@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Callable, Sequence
 
 from torch import Tensor, nn
@@ -13,9 +14,14 @@ from apportion.attention.paged import PagedBackend
 from apportion.core.errors import InternalError
 from apportion.core.kv_spec import KVGroupSpec
 from apportion.kernels.ops import AttentionSpec
+from apportion.layers.kv_scales import KVScales
+from apportion.layers.linear import kv_heads
 from apportion.layers.norm import RMSNorm
 from apportion.layers.rotary import cos_sin_table
 from apportion.layers.site import Site
+from apportion.layers.weights import Shard
+
+logger = logging.getLogger(__name__)
 
 
 class Attention(nn.Module):
@@ -32,6 +38,8 @@ class Attention(nn.Module):
         self.layer = layer
         self.width = site.spec.heads_per_rank(site.group.size) * (value_dim or site.spec.head_dim)
         self.q_norm, self.k_norm = q_norm, k_norm
+        latent = site.spec.latent is not None
+        self.kv_scales = KVScales(site, Shard.whole(1) if latent else kv_heads(site, site.spec.num_kv_heads), latent)
         self._activations = site.activations
         self._run: Callable[..., Tensor] = _no_backend
         self._group = 0
@@ -72,11 +80,19 @@ def bind_paged_attention(
 
     groups: ModelSpec.kv_groups of this rank. Weights are bound before.
     """
-    cos_sin = cos_sin_table(site.spec.rope, max_model_len)
+    cos_sin = cos_sin_table(site.spec.rope, max_model_len).to(arena.device)
+    layers = {module.layer: module.kv_scales for module in model.modules() if isinstance(module, Attention)}
+    bare = [layer for group in groups if group.format.scaled for layer in group.layers if not layers[layer].calibrated]
+    if bare and site.group.rank == 0:
+        logger.warning(
+            "%d of %d layers have no calibrated scales for a cache in %s: keys and values are stored as they are, scale 1.0",
+            len(bare), len(layers), groups[0].format.name,
+        )  # fmt: skip
 
     def make(group: KVGroupSpec) -> AttentionBackend:
         kind = LatentBackend if group.latent else PagedBackend
-        return kind(site.ops, attention_spec(site, group), arena, cos_sin)
+        scales = {layer: layers[layer].values for layer in group.layers if group.format.scaled and layers[layer].calibrated}
+        return kind(site.ops, attention_spec(site, group), arena, cos_sin, scales)
 
     return _bind(model, groups, make)
 

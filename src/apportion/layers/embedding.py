@@ -4,15 +4,13 @@ from __future__ import annotations
 
 from collections.abc import Collection, Iterator
 from dataclasses import asdict
-from functools import partial
 from typing import Any
 
 from torch import Tensor, nn
 
-from apportion.core.config import DTYPES
 from apportion.kernels.ops import LinearSpec
 from apportion.layers.site import Site
-from apportion.layers.weights import Shard, TensorSource, row_chunks
+from apportion.layers.weights import Shard, Source, matrix_sources
 
 
 class VocabularyMatrix(nn.Module):
@@ -25,20 +23,20 @@ class VocabularyMatrix(nn.Module):
         super().__init__()
         group, vocab = site.group, site.spec.vocab
         self.name = site.name
-        self.record = site.records.of(site.name)
+        self.record = site.records.of(site.name, "Linear" if site.name.endswith("lm_head") else "Embedding")
         self.hidden = site.spec.hidden
         self.vocab = vocab
         self.width = vocab if group.size == 1 else -(-vocab // (group.size * 32)) * 32
         start = min(group.rank * self.width, vocab)
         self.shard = Shard(vocab, start, min(self.width, vocab - start))
-        self.op = site.ops.linear(LinearSpec(self.width, self.hidden, self.record.dtype))
+        self.op = site.ops.linear(LinearSpec(self.width, self.hidden, self.record.scheme))
         self._group = group
         self._activations = site.activations
 
     def embed(self, token_ids_T: Tensor) -> Tensor:
-        """int32 [T] -> float32 [T, M], a tensor of its own."""
+        """int32 [T] -> float32 [T, M] in the slot "residual"."""
         if self._group.size == 1:
-            return self.op.rows(token_ids_T)
+            return self.op.rows(token_ids_T, self._activations.take("residual", len(token_ids_T), self.hidden))
         local = token_ids_T - self.shard.start
         elsewhere = (local < 0) | (local >= self.shard.count)
         rows = self.op.rows(local.masked_fill_(elsewhere, 0))
@@ -56,11 +54,8 @@ class VocabularyMatrix(nn.Module):
     def bind(self, buffer: Tensor) -> None:
         self.op.bind(buffer)
 
-    def sources(self, present: Collection[str]) -> Iterator[TensorSource]:
-        for first, number in row_chunks(self.shard.count, self.hidden * DTYPES[self.record.dtype]):
-            start = self.shard.start + first
-            index = (slice(start, start + number), slice(None))
-            yield TensorSource(f"{self.name}.weight", (self.vocab, self.hidden), index, partial(self.op.load_rows, row=first))
+    def sources(self, present: Collection[str]) -> Iterator[Source]:
+        yield from matrix_sources(self.name, self.record, self.shard, Shard.whole(self.hidden), self.op.load_rows, present)
 
     def describe(self) -> dict[str, Any]:
-        return asdict(self.op.spec) | asdict(self.record)
+        return asdict(self.op.spec)

@@ -17,14 +17,8 @@ class GatedMLP(nn.Module):
     def __init__(self, site: Site, ffn: int, bias: bool = False, slots: str = "") -> None:
         super().__init__()
         hidden = site.spec.hidden
-        self.gate_up_proj = gate_up(site, hidden, ffn, bias, f"{slots}gate_up")
+        self.gate_up_proj = gate_up(site, hidden, ffn, bias, f"{slots}gated")
         self.down_proj = row_parallel(site / "down_proj", hidden, ffn, f"{slots}delta", bias)
-        self._silu_mul = site.ops.silu_mul
-        self._activations = site.activations
-        self._gated = f"{slots}gated"
-        self._width = self.gate_up_proj.width // 2
 
     def forward(self, x: Tensor) -> Tensor:
-        gate_up = self.gate_up_proj.forward(x)
-        gated = self._silu_mul(gate_up, self._activations.take(self._gated, x.shape[0], self._width))
-        return self.down_proj.forward(gated)
+        return self.down_proj.forward(self.gate_up_proj.forward(x))

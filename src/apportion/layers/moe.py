@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Collection, Iterator
+from collections.abc import Callable, Collection, Iterator, Mapping
 from dataclasses import asdict, replace
 from functools import partial
 from typing import Any
@@ -14,8 +14,8 @@ from apportion.kernels.ops import ExpertsSpec, RouteSpec
 from apportion.layers.linear import replicated
 from apportion.layers.mlp import GatedMLP
 from apportion.layers.site import Site
-from apportion.layers.weights import Shard, TensorSource
-from apportion.quant.scheme import LinearRecord, LinearRecords
+from apportion.layers.weights import JointSource, Shard, Source, TensorSource, load_floats, load_stored, matrix_sources
+from apportion.quant.scheme import LinearRecord
 
 PROJECTIONS = ("gate", "up", "down")
 # A sigmoid by the router's operator: torch's own gives a row other bits depending on how many rows there are.
@@ -36,7 +36,7 @@ class MixtureOfExperts(nn.Module):
         if spec.moe is None:
             raise InternalError(f"{site.name} is built as a mixture, but the model's spec has none")
         moe = spec.moe
-        exact = replace(site, records=LinearRecords(LinearRecord("float32")))
+        exact = replace(site, records=site.records.widened("float32"))
         self.gate = replicated(exact / "gate", moe.num_experts, spec.hidden, "router_logits")
         self.experts = Experts(site / "experts", moe.num_experts, moe.ffn)
         self.shared = GatedMLP(site / shared_name, moe.shared_ffn, spec.mlp_bias, slots="shared_") if shared_name else None
@@ -68,10 +68,14 @@ class Experts(nn.Module):
         self.name = site.name
         self.num_experts, self.hidden = num_experts, site.spec.hidden
         self.shard = Shard.even(ffn, site.group)
-        parts = [[f"{self.name}.{e}.{projection}_proj" for projection in PROJECTIONS] for e in range(num_experts)]
-        dtypes = tuple(site.records.of(*names).dtype for names in parts)
-        alike = dtypes[:1] if len(set(dtypes)) == 1 else dtypes
-        self.op = site.ops.experts(ExpertsSpec(num_experts, self.hidden, self.shard.count, alike))
+        self.records: list[dict[str, LinearRecord]] = [
+            {projection: site.records.of(f"{self.name}.{e}.{projection}_proj") for projection in PROJECTIONS} for e in range(num_experts)
+        ]
+        gates, ups, downs = ([records[projection].scheme for records in self.records] for projection in PROJECTIONS)
+        schemes = tuple(zip(gates, ups, downs, strict=True))
+        self.op = site.ops.experts(
+            ExpertsSpec(num_experts, self.hidden, self.shard.count, schemes[:1] if len(set(schemes)) == 1 else schemes)
+        )
         self._reduce = site.group.all_reduce if site.group.size > 1 else None
 
     def forward(self, x: Tensor, expert_ids: Tensor, expert_weights: Tensor) -> Tensor:
@@ -86,25 +90,54 @@ class Experts(nn.Module):
     def bind(self, buffer: Tensor) -> None:
         self.op.bind(buffer)
 
-    def sources(self, present: Collection[str]) -> Iterator[TensorSource]:
+    def sources(self, present: Collection[str]) -> Iterator[Source]:
         fused = f"{self.name}.gate_up_proj" in present
-        total, everything = self.shard.total, slice(None)
-        for expert in range(self.num_experts):
-            for projection in PROJECTIONS:
-                first = self.shard.start + total * (fused and projection == "up")
-                width = slice(first, first + self.shard.count)
-                index = (everything, width) if projection == "down" else (width, everything)
-                shape = (self.hidden, total) if projection == "down" else (total, self.hidden)
+        for expert, records in enumerate(self.records):
+            for projection, record in records.items():
+                rows, columns = self.shard, Shard.whole(self.hidden)
+                if projection == "down":
+                    rows, columns = columns, rows
                 load = partial(self._load, expert, projection)
-                if not fused:
-                    yield TensorSource(f"{self.name}.{expert}.{projection}_proj.weight", shape, index, load)
-                    continue
-                name = f"{self.name}.{'down_proj' if projection == 'down' else 'gate_up_proj'}"
-                whole = (self.num_experts, *shape) if projection == "down" else (self.num_experts, 2 * total, self.hidden)
-                yield TensorSource(name, whole, (slice(expert, expert + 1), *index), load)
+                if fused and record.layout is not None:
+                    yield self._fused_stored(expert, projection, rows, columns, record, load, present)
+                elif fused:
+                    yield self._fused_source(expert, projection, rows, columns, record, load)
+                else:
+                    yield from matrix_sources(f"{self.name}.{expert}.{projection}_proj", record, rows, columns, load, present)
 
-    def _load(self, expert: int, projection: str, weight: Tensor) -> None:
-        self.op.load(expert, projection, weight.view(weight.shape[-2:]))
+    def _fused_source(
+        self, expert: int, projection: str, rows: Shard, columns: Shard, record: LinearRecord, load: Callable[[Any, int], None]
+    ) -> TensorSource:
+        name = f"{self.name}.{'down_proj' if projection == 'down' else 'gate_up_proj'}"
+        height = rows.total if projection == "down" else 2 * rows.total
+        first = rows.start + rows.total * (projection == "up")
+        index = (slice(expert, expert + 1), slice(first, first + rows.count), columns.slice)
+        return TensorSource(name, (self.num_experts, height, columns.total), index, partial(load_floats, name, record, load, 0))
+
+    def _fused_stored(
+        self, expert: int, projection: str, rows: Shard, columns: Shard, record: LinearRecord, load: Callable[[Any, int], None],
+        present: Collection[str],
+    ) -> JointSource:  # fmt: skip
+        """The tensors of a layout with one more axis, the expert: `x.weight` is called x, `x.weight_scale` x_scale or x_weight_scale."""
+        assert record.layout is not None
+        name = f"{self.name}.{'down_proj' if projection == 'down' else 'gate_up_proj'}"
+        whole = rows if projection == "down" else Shard(2 * rows.total, rows.start + rows.total * (projection == "up"), rows.count)
+        spelt, shapes = {}, {}
+        known = {f"{name}.{kind}" for kind in ("weight_scale", "weight_scale_inv") if f"{name}_{kind.removeprefix('weight_')}" in present}
+        for tensor, allowed in record.layout.tensors(name, (whole.total, columns.total), known).items():
+            suffix = tensor.removeprefix(f"{name}.")
+            names = [name] if suffix == "weight" else [f"{name}_{suffix}", f"{name}_{suffix.removeprefix('weight_')}"]
+            spelt[tensor] = next((n for n in names if n in present), names[-1])
+            shapes[spelt[tensor]] = tuple((self.num_experts, *shape) for shape in allowed)
+
+        def take(tensors: Mapping[str, Tensor]) -> None:
+            own = {tensor: tensors[stored][expert] for tensor, stored in spelt.items()}
+            load_stored(name, record, whole, columns, load, own)
+
+        return JointSource(shapes, take)
+
+    def _load(self, expert: int, projection: str, weight: Any, row: int) -> None:
+        self.op.load(expert, projection, weight, row)
 
     def describe(self) -> dict[str, Any]:
-        return asdict(self.op.spec) | {"dtypes": list(self.op.spec.dtypes)}
+        return asdict(self.op.spec)

@@ -21,10 +21,12 @@ MAX_VIEWS = 4096  # remembered (slot, T) pairs; steps come in few sizes
 class Activations:
     """The buffers of one step, float32, reused by every layer and every step.
 
-    A slot's content lives until the slot is taken again, so a model instance runs one step at a time.
+    A slot's content lives until the slot is taken again, so a model instance runs one step at a time. version: changes when a slot moves.
     """
 
-    def __init__(self) -> None:
+    def __init__(self, device: torch.device | str = "cpu") -> None:
+        self._device = torch.device(device)
+        self.version = 0
         self._storage: dict[str, Tensor] = {}
         self._views: dict[tuple[str, int], Tensor] = {}
 
@@ -39,19 +41,24 @@ class Activations:
             raise InternalError(f"activation slot {slot!r} is {storage.shape[1]} wide and was asked for {width}")
         if storage is None or len(storage) < num_tokens:
             rows = 1 << max(num_tokens - 1, 0).bit_length()  # pages that are never touched cost nothing
-            storage = self._storage[slot] = _allocate(rows, width)
+            self.version += 1
+            storage = self._storage[slot] = _allocate(rows, width, self._device)
             self._views = {key: view for key, view in self._views.items() if key[0] != slot}  # they keep the old storage alive
         if len(self._views) >= MAX_VIEWS:
             self._views.clear()
         view = self._views[slot, num_tokens] = storage[:num_tokens]
         return view
 
+    def held(self) -> list[Tensor]:
+        """The storage of every slot as it is now: whoever remembers addresses keeps it alive."""
+        return list(self._storage.values())
 
-def _allocate(rows: int, width: int) -> Tensor:
+
+def _allocate(rows: int, width: int, device: torch.device) -> Tensor:
     """Large buffers from huge pages: a linear writes each of their rows in another page, and misses in the page tables are dear."""
     nbytes = rows * width * 4
-    if nbytes < HUGE_BUFFER_BYTES:
-        return torch.empty(rows, width)
+    if nbytes < HUGE_BUFFER_BYTES or device.type != "cpu":
+        return torch.empty(rows, width, device=device)
     return Arena.create(nbytes, shared=False).tensor.view(torch.float32).view(rows, width)
 
 

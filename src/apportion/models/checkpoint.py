@@ -13,7 +13,7 @@ from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from math import prod
 from pathlib import Path
-from typing import Any
+from typing import Any, Protocol
 
 import torch
 from torch import Tensor
@@ -24,7 +24,15 @@ from apportion.core.model_spec import ModelSpec
 INDEX_NAME, SINGLE_NAME = "model.safetensors.index.json", "model.safetensors"
 DOWNLOADED = ["*.json", "*.safetensors", "*.model", "*.txt", "*.jinja"]
 NOT_DOWNLOADED = ["original/*", "consolidated*"]  # the same weights in their makers' own layouts
+GENERATION_DEFAULTS = {  # fields of generation_config.json -> SamplingParams' names
+    "temperature": "temperature", "top_k": "top_k", "top_p": "top_p", "min_p": "min_p", "repetition_penalty": "repetition_penalty",
+    "max_new_tokens": "max_tokens",
+}  # fmt: skip
 FLOAT_DTYPES = {"F64": torch.float64, "F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16}
+STORED_DTYPES = FLOAT_DTYPES | {
+    "F8_E4M3": torch.float8_e4m3fn, "F8_E5M2": torch.float8_e5m2, "I8": torch.int8, "U8": torch.uint8, "I16": torch.int16,
+    "I32": torch.int32, "I64": torch.int64, "BOOL": torch.bool, "F8_E4M3FNUZ": torch.float8_e4m3fnuz,
+}  # fmt: skip
 
 
 def resolve_folder(model: str, revision: str | None = None) -> Path:
@@ -36,7 +44,7 @@ def resolve_folder(model: str, revision: str | None = None) -> Path:
     if path.is_dir():
         return path
     if path.exists():
-        raise CheckpointError(f"{model} is a file; a model is a folder with config.json and *.safetensors")
+        raise CheckpointError(f"{model} is a file; a model is a folder with config.json and *.safetensors, or one *.gguf")
     if not re.fullmatch(r"[\w.-]+(/[\w.-]+)?", model) or model.startswith((".", "/")):
         raise CheckpointError(f"there is no folder {model!r}, and it is not the form of a hub id (owner/name)")
     import huggingface_hub
@@ -59,6 +67,13 @@ def read_spec(folder: Path) -> ModelSpec:
         merged = [*_as_list(known), *_as_list(more)]
         config["eos_token_id"] = list(dict.fromkeys(merged))
     return ModelSpec.from_hf(config)
+
+
+def read_generation_defaults(folder: Path) -> dict[str, Any]:
+    """The sampling fields of generation_config.json, in SamplingParams' names. Its end tokens are in the model's spec already."""
+    file = folder / "generation_config.json"
+    content = read_json(file) if file.is_file() else {}
+    return {ours: content[theirs] for theirs, ours in GENERATION_DEFAULTS.items() if content.get(theirs) is not None}
 
 
 def read_json(path: Path) -> dict[str, Any]:
@@ -125,10 +140,10 @@ class SafetensorsFile:
                 yield StoredTensor(respell(name, aliases), entry["dtype"], tuple(entry["shape"]), base + first, base + last)
 
     def read(self, stored: StoredTensor) -> Tensor:
-        """A view of the mapped pages, not to be written. Errors: CheckpointError for a dtype that is no float."""
-        dtype = FLOAT_DTYPES.get(stored.dtype)
+        """A view of the mapped pages, not to be written. Errors: CheckpointError for a dtype that is not known here."""
+        dtype = STORED_DTYPES.get(stored.dtype)
         if dtype is None:
-            raise CheckpointError(f"tensor {stored.name} of {self.path} is {stored.dtype}; weights must be {', '.join(FLOAT_DTYPES)}")
+            raise CheckpointError(f"tensor {stored.name} of {self.path} is {stored.dtype}; known: {', '.join(STORED_DTYPES)}")
         if stored.nbytes != prod(stored.shape) * dtype.itemsize:
             raise CheckpointError(f"tensor {stored.name} of {self.path} has {stored.nbytes} bytes, not those of shape {list(stored.shape)}")
         if stored.start % dtype.itemsize:  # the format allows any start; views need aligned ones
@@ -148,16 +163,27 @@ def respell(name: str, aliases: Sequence[tuple[str, str]]) -> str:
     return name
 
 
+class WeightFile(Protocol):
+    """A mapped file of tensors: SafetensorsFile, or models/gguf.GgufFile."""
+
+    path: Path
+    tensors: list[StoredTensor]
+
+    def read(self, stored: StoredTensor) -> Tensor: ...
+
+    def release(self, stored: StoredTensor) -> None: ...
+
+
 class Checkpoint:
-    """All tensors of a folder: `model.safetensors`, or the files that `model.safetensors.index.json` names.
+    """All tensors of a folder: `model.safetensors`, the files that `model.safetensors.index.json` names, or one `*.gguf`.
 
     aliases: (pattern, replacement) of names to be spelt anew; the first pattern found counts.
     """
 
     def __init__(self, folder: Path, aliases: Sequence[tuple[str, str]] = ()) -> None:
         self.folder = folder
-        self.files = [SafetensorsFile(path, aliases) for path in _weight_files(folder)]
-        self.tensors: dict[str, tuple[SafetensorsFile, StoredTensor]] = {}
+        self.files = [_open(path, aliases) for path in _weight_files(folder)]
+        self.tensors: dict[str, tuple[WeightFile, StoredTensor]] = {}
         for file in self.files:
             for stored in file.tensors:
                 if stored.name in self.tensors:
@@ -167,6 +193,19 @@ class Checkpoint:
             for name, file_name in _weight_map(folder).items():
                 if respell(name, aliases) not in self.tensors:
                     raise CheckpointError(f"{INDEX_NAME} places tensor {name} in {file_name}, which does not hold it")
+
+    def is_zero(self, name: str) -> bool:
+        """Whether a tensor holds nothing but zeros."""
+        file, stored = self.tensors[name]
+        return not file.read(stored).any()
+
+
+def _open(path: Path, aliases: Sequence[tuple[str, str]]) -> WeightFile:
+    if path.suffix != ".gguf":
+        return SafetensorsFile(path, aliases)
+    from apportion.models.gguf import GgufFile
+
+    return GgufFile(path, aliases)
 
 
 def _weight_map(folder: Path) -> dict[str, str]:
@@ -186,7 +225,7 @@ def _weight_files(folder: Path) -> list[Path]:
         return [folder / name for name in names]
     if (folder / SINGLE_NAME).is_file():
         return [folder / SINGLE_NAME]
-    found = sorted(folder.glob("*.safetensors"))
+    found = sorted(folder.glob("*.safetensors")) or sorted(folder.glob("*.gguf"))
     if len(found) != 1:
-        raise CheckpointError(f"{folder} has no {SINGLE_NAME} and no {INDEX_NAME}; it has {len(found)} other safetensors files")
+        raise CheckpointError(f"{folder} has no {SINGLE_NAME} and no {INDEX_NAME}; it has {len(found)} other files of weights")
     return found

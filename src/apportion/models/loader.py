@@ -20,17 +20,19 @@ from apportion.core.config import ModelConfig
 from apportion.core.errors import CheckpointError, InternalError
 from apportion.core.model_spec import ModelSpec
 from apportion.kernels.ops import Ops
-from apportion.layers.site import Site
-from apportion.layers.weights import TensorSource, WeightLayer
-from apportion.models.checkpoint import Checkpoint, resolve_folder
+from apportion.kernels.reference.ops import ReferenceOps
+from apportion.layers.site import Activations, Site
+from apportion.layers.weights import JointSource, Source, TensorSource, WeightLayer
+from apportion.models.checkpoint import FLOAT_DTYPES, Checkpoint, read_json, resolve_folder
 from apportion.models.interface import CausalLM
-from apportion.models.registry import MODELS
+from apportion.models.registry import MODELS, SPELLINGS
 from apportion.parallel.groups import ParallelGroup
 from apportion.platforms.arena import Arena
+from apportion.quant.checkpoint import is_quantized, read_records
 from apportion.quant.scheme import LinearRecords
 
 ALIGNMENT = 256  # bytes
-MANIFEST_FORMAT = 1
+MANIFEST_FORMAT = 2
 HARMLESS = (r"\.rotary_emb\.inv_freq$",)  # buffers that old checkpoints carry and no model needs
 DUMMY_SCALE = 0.035  # uniform in +-this: the spread of the usual normal(0, 0.02)
 
@@ -63,11 +65,12 @@ def load_model(
     progress: called with (bytes done, bytes in all). create_arena: the platform's.
     Errors: CheckpointError naming missing, unexpected, misshapen or truncated tensors.
     """
-    dtype = spec.dtype if config.dtype == "auto" else config.dtype
-    model = build_model(spec, ops, group or ParallelGroup(), dtype)
-    manifest = layout(model, dtype)
+    records = read_model_records(config, spec)
+    dummy = config.load_format == "dummy"
+    model = build_model(spec, ops, group or ParallelGroup(), records.without_layouts() if dummy else records)
+    manifest = layout(model)
     layers = weight_layers(model)
-    if config.load_format == "dummy":
+    if dummy:
         arena = create_arena(manifest["nbytes"])
         _bind(layers, manifest, arena)
         _fill_dummy(layers, config.seed)
@@ -86,8 +89,8 @@ def attach_model(manifest: Mapping[str, Any], arena: Arena, ops: Ops, group: Par
     Errors: InternalError when this process would lay the weights out otherwise (other kernels, another rank, another version).
     """
     spec = ModelSpec.from_dict(manifest["spec"])
-    model = build_model(spec, ops, group or ParallelGroup(), manifest["dtype"])
-    own = layout(model, manifest["dtype"])
+    model = build_model(spec, ops, group or ParallelGroup(), LinearRecords.from_dict(manifest["records"]))
+    own = layout(model)
     for key in own:
         if own[key] != manifest.get(key):
             raise InternalError(f"packed weights cannot be shared: {key} differs between the process that packed them and this one")
@@ -95,9 +98,31 @@ def attach_model(manifest: Mapping[str, Any], arena: Arena, ops: Ops, group: Par
     return LoadedModel(model, arena, own)
 
 
-def build_model(spec: ModelSpec, ops: Ops, group: ParallelGroup, dtype: str) -> CausalLM:
+def read_model_records(config: ModelConfig, spec: ModelSpec) -> LinearRecords:
+    """How each projection is stored and multiplied: as config.json says, or as `config.quantization` asks.
+
+    Errors: Unsupported, CheckpointError, InvalidParameter, as quant/checkpoint says.
+    """
+    dtype = spec.dtype if config.dtype == "auto" else config.dtype
+    folder = resolve_folder(config.model, config.revision)
+    described = read_json(folder / "config.json")
+    stored: dict[str, str] = {}
+    if config.load_format != "dummy" and (is_quantized(described) or any(folder.glob("*.gguf"))):
+        stored = {tensor.name: tensor.dtype for file in Checkpoint(folder).files for tensor in file.tensors}
+    return read_records(described, dtype, config.quantization, stored, SPELLINGS.get(spec.architecture, ()))
+
+
+def quantized_bytes(config: ModelConfig, spec: ModelSpec) -> int | None:
+    """Bytes of all packed weights where they are not all of one dtype, else None. Nothing is loaded. Errors: as read_model_records."""
+    records = read_model_records(config, spec)
+    if not records.rules:
+        return None
+    return int(layout(build_model(spec, ReferenceOps(), ParallelGroup(), records))["nbytes"])
+
+
+def build_model(spec: ModelSpec, ops: Ops, group: ParallelGroup, records: LinearRecords) -> CausalLM:
     """The module tree without weights."""
-    site = Site(spec, ops, group, LinearRecords.unquantized(dtype))
+    site = Site(spec, ops, group, records, Activations(ops.device))
     model = MODELS.get(spec.architecture)(site)
     for module in cast(nn.Module, model).modules():
         # nn.Module finds a child through __getattr__ only: as plain attributes they take 0.07 ms of a 16-layer step instead of 0.2.
@@ -111,7 +136,7 @@ def weight_layers(model: CausalLM) -> list[WeightLayer]:
     return [cast(WeightLayer, module) for module in cast(nn.Module, model).modules() if hasattr(type(module), "sources")]
 
 
-def layout(model: CausalLM, dtype: str) -> dict[str, Any]:
+def layout(model: CausalLM) -> dict[str, Any]:
     """The manifest: where each layer's bytes lie. It equals what JSON makes of it."""
     entries, offset = [], 0
     for layer in weight_layers(model):
@@ -123,7 +148,8 @@ def layout(model: CausalLM, dtype: str) -> dict[str, Any]:
         "kernels": site.ops.name,
         "rank": site.group.rank,
         "tensor_parallel_size": site.group.size,
-        "dtype": dtype,
+        "dtype": site.records.dtype,
+        "records": site.records.as_dict(),
         "spec": site.spec.as_dict(),
         "nbytes": offset,
         "entries": entries,
@@ -131,23 +157,29 @@ def layout(model: CausalLM, dtype: str) -> dict[str, Any]:
     return dict(json.loads(json.dumps(manifest)))
 
 
-def match_sources(layers: Iterable[WeightLayer], checkpoint: Checkpoint, spec: ModelSpec) -> dict[str, list[TensorSource]]:
-    """Every tensor of the checkpoint with what takes it. Errors: CheckpointError for any that is missing, unexpected or misshapen."""
+def match_sources(layers: Iterable[WeightLayer], checkpoint: Checkpoint, spec: ModelSpec) -> dict[str, list[Source]]:
+    """Every tensor and what takes it. Errors: CheckpointError for one that is missing, unexpected, misshapen or mistyped."""
     present = checkpoint.tensors.keys()
-    sources: dict[str, list[TensorSource]] = {}
+    sources: dict[str, list[Source]] = {}
     for layer in layers:
         for source in layer.sources(present):
-            sources.setdefault(source.name, []).append(source)
+            for name in [source.name] if isinstance(source, TensorSource) else source.shapes:
+                sources.setdefault(name, []).append(source)
     if missing := [name for name in sources if name not in present]:
         raise CheckpointError(f"{checkpoint.folder} lacks {_some(missing)}")
     harmless = (*HARMLESS, r"^lm_head\.weight$") if spec.tied else HARMLESS  # tied: a copy of the embeddings
     unused = [name for name in present if name not in sources and not any(re.search(pattern, name) for pattern in harmless)]
+    unused = [name for name in unused if not (name.endswith(".bias") and checkpoint.is_zero(name))]  # AutoGPTQ writes biases nobody has
     if unused:
         raise CheckpointError(f"{checkpoint.folder} has tensors that {spec.architecture} does not use: {_some(unused)}")
     for name, (first, *_) in sources.items():
-        found = checkpoint.tensors[name][1].shape
-        if found != first.shape:
-            raise CheckpointError(f"tensor {name} must have shape {list(first.shape)}, in {checkpoint.folder} it has {list(found)}")
+        _, stored = checkpoint.tensors[name]
+        shapes = (first.shape,) if isinstance(first, TensorSource) else first.shapes[name]
+        if stored.shape not in shapes:
+            wanted = " or ".join(str(list(shape)) for shape in shapes)
+            raise CheckpointError(f"tensor {name} must have shape {wanted}, in {checkpoint.folder} it has {list(stored.shape)}")
+        if isinstance(first, TensorSource) and stored.dtype not in FLOAT_DTYPES:
+            raise CheckpointError(f"tensor {name} of {checkpoint.folder} is {stored.dtype}; weights must be {', '.join(FLOAT_DTYPES)}")
     return sources
 
 
@@ -161,7 +193,9 @@ def _bind(layers: list[WeightLayer], manifest: Mapping[str, Any], arena: Arena) 
         layer.bind(arena.tensor[entry["offset"] : entry["offset"] + entry["nbytes"]])
 
 
-def _stream(checkpoint: Checkpoint, sources: Mapping[str, list[TensorSource]], progress: Progress) -> None:
+def _stream(checkpoint: Checkpoint, sources: Mapping[str, list[Source]], progress: Progress) -> None:
+    """In file order; tensors that belong together are taken when the first of them comes up."""
+    taken: set[int] = set()
     total = sum(checkpoint.tensors[name][1].nbytes for name in sources)
     done = 0
     progress(done, total)
@@ -171,12 +205,23 @@ def _stream(checkpoint: Checkpoint, sources: Mapping[str, list[TensorSource]], p
                 continue
             tensor = file.read(stored)
             for source in sources[stored.name]:
-                part = tensor[source.index]
-                if part.numel():
-                    source.load(part.contiguous())
+                if isinstance(source, TensorSource):
+                    part = tensor[source.index]
+                    if part.numel():
+                        source.load(part.contiguous())
+                elif id(source) not in taken:
+                    taken.add(id(source))
+                    _load_joint(source, checkpoint)
             file.release(stored)
             done += stored.nbytes
             progress(done, total)
+
+
+def _load_joint(source: JointSource, checkpoint: Checkpoint) -> None:
+    places = {name: checkpoint.tensors[name] for name in source.shapes}
+    source.load({name: file.read(stored) for name, (file, stored) in places.items()})
+    for file, stored in places.values():
+        file.release(stored)
 
 
 def _silent(done: int, total: int) -> None:
@@ -199,4 +244,7 @@ def _fill_dummy(layers: Iterable[WeightLayer], seed: int) -> None:
 
 def _all_sources(layers: Iterable[WeightLayer]) -> Iterator[TensorSource]:
     for layer in layers:
-        yield from layer.sources(())
+        for source in layer.sources(()):
+            if not isinstance(source, TensorSource):
+                raise InternalError(f"{layer.name} cannot be filled with random weights: it asks for {', '.join(source.shapes)}")
+            yield source

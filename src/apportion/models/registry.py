@@ -8,6 +8,16 @@ from apportion.core.registry import Registry
 from apportion.layers.site import Site
 from apportion.models.interface import CausalLM
 
+# architecture -> (pattern, replacement) by which quantization sections call projections as published checkpoints spell them
+SPELLINGS: dict[str, tuple[tuple[str, str], ...]] = {
+    "MixtralForCausalLM": (
+        (r"\.mlp\.experts\.(\d+)\.gate_proj$", r".block_sparse_moe.experts.\1.w1"),
+        (r"\.mlp\.experts\.(\d+)\.up_proj$", r".block_sparse_moe.experts.\1.w3"),
+        (r"\.mlp\.experts\.(\d+)\.down_proj$", r".block_sparse_moe.experts.\1.w2"),
+        (r"\.mlp\.gate$", r".block_sparse_moe.gate"),
+    ),
+}
+
 MODELS: Registry[Callable[[Site], CausalLM]] = Registry(
     "architecture",
     {

@@ -7,6 +7,8 @@ from collections.abc import Sequence
 from functools import cached_property
 from pathlib import Path
 
+import torch
+
 from apportion.platforms import memory
 from apportion.platforms.arena import Arena
 from apportion.platforms.platform import ComputeShare, deal
@@ -18,6 +20,8 @@ class CpuPlatform:
     """platforms/platform.Platform for the CPU of this machine."""
 
     name = "cpu"
+    device = torch.device("cpu")
+    capture = None
 
     @cached_property
     def cores(self) -> tuple[int, ...]:

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
+import torch
+
 from apportion.platforms.arena import Arena
 from apportion.platforms.platform import ComputeShare, deal
 
@@ -12,6 +14,8 @@ class NullPlatform:
     """platforms/platform.Platform with given sizes; nothing is pinned. memory: bytes free and in all."""
 
     name = "null"
+    device = torch.device("cpu")
+    capture = None
 
     def __init__(self, memory: int = 1 << 30, num_cores: int = 2) -> None:
         self._memory = memory

@@ -2,12 +2,28 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+import logging
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from typing import Protocol
+from importlib.util import find_spec
+from typing import Any, Protocol
+
+import torch
 
 from apportion.core.errors import InvalidParameter, Unsupported
 from apportion.platforms.arena import Arena
+
+logger = logging.getLogger(__name__)
+
+GPUS = ("cuda", "rocm")
+
+
+@dataclass(frozen=True, slots=True)
+class Captured:
+    """Work that can be queued again by `replay`: it reads and writes the same memory, and leaves `outputs` as its first run did."""
+
+    replay: Callable[[], None]
+    outputs: Any
 
 
 @dataclass(frozen=True, slots=True)
@@ -30,6 +46,8 @@ class Platform(Protocol):
     """One device. `name` is what EngineConfig.device and a kernel's capability call it."""
 
     name: str
+    device: torch.device  # where tensors lie
+    capture: Callable[[Callable[[], Any]], Captured] | None  # a graph of what a function queues; None: no such thing here
 
     @property
     def num_cores(self) -> int:
@@ -55,8 +73,20 @@ def select_platform(device: str = "auto") -> Platform:
     """The platform called `device`; 'auto' takes the best present. Errors: Unsupported for an unknown one."""
     from apportion.platforms.cpu import CpuPlatform
 
+    if device in GPUS:
+        from apportion.platforms.cuda import CudaPlatform
+
+        return CudaPlatform(device)
     if device not in ("auto", CpuPlatform.name):
-        raise Unsupported(f"unknown device {device!r}; this build has: auto, {CpuPlatform.name}")
+        raise Unsupported(f"unknown device {device!r}; this build has: auto, {CpuPlatform.name}, {', '.join(GPUS)}")
+    if device == "auto" and torch.cuda.is_available():
+        from apportion.platforms.cuda import CudaPlatform, why_not
+
+        name = "rocm" if torch.version.hip else "cuda"
+        obstacle = why_not(name) or ("" if find_spec("triton") else "triton is not installed")
+        if not obstacle:
+            return CudaPlatform(name)
+        logger.warning("there is a GPU and the CPU is taken: %s", obstacle)
     return CpuPlatform()
 
 

@@ -15,6 +15,7 @@ from apportion.processor.tokenizer import Tokenizer
 
 REPLACEMENT = "\ufffd"
 MAX_PRIME_TOKENS = 24
+MAX_HALF_CHARACTER = 3  # tokens: UTF-8 has at most four bytes to a character
 
 
 class Detokenizer:
@@ -39,8 +40,10 @@ class Detokenizer:
         self._added_tokens = tokenizer.added_tokens if join_specials else {}
         self._last_was_added = False
         self._stream = DecodeStream(skip_special_tokens=self._skip_special)
+        self._pending: list[int] = []  # tokens since the stream last gave text
         for token_id in self._prompt_tail(prompt_token_ids):
             self._step(token_id)
+        self._pending.clear()
 
     def append(self, token_ids: Sequence[int], *, skip_last: bool = False) -> str | None:
         """Add tokens; returns the stop string that is now complete, or None.
@@ -58,6 +61,9 @@ class Detokenizer:
 
     def take(self, finished: bool) -> str:
         """The text to show since the last call. Until `finished`, a possible start of a stop string is kept back."""
+        if finished and self._pending:  # whole characters before half a one, in the same token
+            self.text += self._backend.decode(self._pending, skip_special_tokens=self._skip_special).rstrip(REPLACEMENT)
+            self._pending.clear()
         end = len(self.text) if finished else len(self.text) - self._held_back()
         piece = self.text[self._shown : end]
         self._shown = max(self._shown, end)
@@ -73,14 +79,31 @@ class Detokenizer:
         return piece
 
     def _step(self, token_id: int) -> str:
+        self._pending.append(token_id)
         try:
-            return self._stream.step(self._backend, token_id) or ""
+            piece = self._stream.step(self._backend, token_id) or ""
         except Exception as error:
             # Byte-fallback decoders rewrite a run of bytes that turns out not to be UTF-8; what was shown stays shown.
             if "Invalid prefix" not in str(error):
                 raise
             self._stream = DecodeStream(skip_special_tokens=self._skip_special)
-            return self._stream.step(self._backend, token_id) or ""
+            piece = self._stream.step(self._backend, token_id) or ""
+        if piece:
+            self._pending.clear()
+        elif len(self._pending) > MAX_HALF_CHARACTER:
+            piece = self._give_up()
+        return piece
+
+    def _give_up(self) -> str:
+        """What the stream keeps back though it can no longer begin a character: without end, where bytes are no UTF-8."""
+        early, self._pending = self._pending[:-MAX_HALF_CHARACTER], self._pending[-MAX_HALF_CHARACTER:]
+        text = self._backend.decode(early, skip_special_tokens=self._skip_special)
+        if REPLACEMENT not in text:
+            return ""  # tokens without text
+        self._stream = DecodeStream(skip_special_tokens=self._skip_special)
+        for token_id in self._pending:
+            self._stream.step(self._backend, token_id)
+        return text
 
     def _prompt_tail(self, prompt_token_ids: Sequence[int]) -> Sequence[int]:
         """The shortest end of the prompt, of at least four tokens, that reads as whole characters."""
@@ -100,6 +123,7 @@ class Detokenizer:
         if found is None:
             return None
         at, stop = found
+        self._pending.clear()
         self.text = self.text[: at + len(stop) if self._include_stop else at]
         return stop
 

@@ -54,6 +54,12 @@ class Tokenizer:
         template = template_file.read_text(encoding="utf-8") if template_file.is_file() else _default_template(config.get("chat_template"))
         return cls(backend, config, template)
 
+    def save(self, folder: Path) -> None:
+        """Write files that `from_folder` reads without transformers."""
+        folder.mkdir(parents=True, exist_ok=True)
+        self.backend.save(str(folder / "tokenizer.json"))
+        (folder / "tokenizer_config.json").write_text(json.dumps({**self.config, "chat_template": self._template}), encoding="utf-8")
+
     @cached_property
     def vocab_size(self) -> int:
         return self.backend.get_vocab_size(with_added_tokens=True)
@@ -71,6 +77,11 @@ class Tokenizer:
         """Tokens outside the learned vocabulary: id to text."""
         return {i: token.content for i, token in self.backend.get_added_tokens_decoder().items()}
 
+    @property
+    def chat_template_text(self) -> str | None:
+        """The jinja2 text of this checkpoint's chat template, if it has one."""
+        return self._template
+
     @cached_property
     def chat_template(self) -> ChatTemplate:
         """The compiled template of this checkpoint. Errors: InvalidRequest when it has none."""
@@ -84,6 +95,11 @@ class Tokenizer:
 
         specials = {name: _content(value) for name, value in self.config.items() if name.endswith("_token")}
         return ChatTemplate(source, {name: value for name, value in specials.items() if value is not None})
+
+    def with_chat_template(self, source: str) -> Tokenizer:
+        """The same tokenizer with another chat template. Errors: InvalidRequest when it does not compile."""
+        self.compile_template(source)
+        return Tokenizer(self.backend, self.config, source)
 
     def encode(self, text: str, add_special_tokens: bool = True) -> list[int]:
         try:

@@ -1,36 +1,84 @@
-"""How the numbers of a projection are stored and multiplied: one record per projection, found by its checkpoint name."""
+"""How the numbers of a projection are stored, multiplied and found in a checkpoint: one record per projection, by its name."""
 
 from __future__ import annotations
 
-from collections.abc import Mapping
-from dataclasses import dataclass, field
+import re
+from collections.abc import Collection, Mapping
+from dataclasses import dataclass
+from typing import Any, Protocol
 
-from apportion.core.errors import Unsupported
+from torch import Tensor
+
+from apportion.kernels.ops import QuantizedWeight
+
+
+class Layout(Protocol):
+    """How a checkpoint stores one matrix in several tensors. `name`: of the projection, without a suffix."""
+
+    def tensors(self, name: str, shape: tuple[int, int], present: Collection[str]) -> dict[str, tuple[tuple[int, ...], ...]]:
+        """The tensors of the projection, with the shapes that each may have; `present`: all names that the checkpoint has."""
+
+    def assemble(self, name: str, shape: tuple[int, int], tensors: Mapping[str, Tensor]) -> Tensor | QuantizedWeight:
+        """The matrix they hold. Errors: CheckpointError naming the tensor that makes no sense."""
 
 
 @dataclass(frozen=True, slots=True)
 class LinearRecord:
-    """dtype: of the packed weight. The scheme 'none' keeps the checkpoint's numbers, rounded to it."""
+    """scheme: what the product uses (core/number_format). layout: of the checkpoint, None for one floating-point tensor `weight`.
 
-    dtype: str
-    scheme: str = "none"
+    The two may differ: a floating-point tensor is quantized as it is loaded, a quantized one widened where the product needs it.
+    """
+
+    scheme: str
+    layout: Layout | None = None
+
+
+@dataclass(frozen=True, slots=True)
+class Rule:
+    """The record of the projections that `pattern` (a regular expression, from the start of the name) or, without one, `kind` describes."""
+
+    record: LinearRecord
+    pattern: str = ""
+    kind: str = ""  # "Linear" or "Embedding"
+
+    def applies(self, name: str, kind: str) -> bool:
+        return (not self.kind or self.kind == kind) and re.match(self.pattern, name) is not None
 
 
 @dataclass(frozen=True, slots=True)
 class LinearRecords:
-    """A record for every projection: `default`, except where `by_name` says otherwise (names as in the checkpoint, without '.weight')."""
+    """A record for every projection: that of the first rule that applies, else plain `dtype`. Names are those of the checkpoint.
 
-    default: LinearRecord
-    by_name: Mapping[str, LinearRecord] = field(default_factory=dict)
+    spellings: (pattern, replacement) by which a quantization section may call a projection otherwise.
+    """
+
+    dtype: str
+    rules: tuple[Rule, ...] = ()
+    spellings: tuple[tuple[str, str], ...] = ()
+
+    def of(self, name: str, kind: str = "Linear") -> LinearRecord:
+        names = [name, *(re.sub(pattern, replacement, name) for pattern, replacement in self.spellings if re.search(pattern, name))]
+        for rule in self.rules:
+            if any(rule.applies(spelt, kind) for spelt in names):
+                return rule.record
+        return LinearRecord(self.dtype)
+
+    def without_layouts(self) -> LinearRecords:
+        """The same schemes, every matrix to be quantized from floating point."""
+        rules = tuple(Rule(LinearRecord(rule.record.scheme), rule.pattern, rule.kind) for rule in self.rules)
+        return LinearRecords(self.dtype, rules, self.spellings)
+
+    def widened(self, dtype: str) -> LinearRecords:
+        """The same layouts, every product in floating point."""
+        rules = tuple(Rule(LinearRecord(dtype, rule.record.layout), rule.pattern, rule.kind) for rule in self.rules)
+        return LinearRecords(dtype, rules, self.spellings)
+
+    def as_dict(self) -> dict[str, Any]:
+        """Plain data for JSON, layouts left out: enough to map weights that are packed already."""
+        rules = [[rule.record.scheme, rule.pattern, rule.kind] for rule in self.rules]
+        return {"dtype": self.dtype, "rules": rules, "spellings": [list(pair) for pair in self.spellings]}
 
     @classmethod
-    def unquantized(cls, dtype: str) -> LinearRecords:
-        """Every matrix in `dtype`, a float type."""
-        return cls(LinearRecord(dtype))
-
-    def of(self, *names: str) -> LinearRecord:
-        """The record of projections that are merged into one product. Errors: Unsupported when theirs differ."""
-        first, *others = (self.by_name.get(name, self.default) for name in names)
-        if any(other != first for other in others):
-            raise Unsupported(f"{', '.join(names)} are multiplied as one matrix and need one format, but their records differ")
-        return first
+    def from_dict(cls, data: Mapping[str, Any]) -> LinearRecords:
+        rules = tuple(Rule(LinearRecord(scheme), pattern, kind) for scheme, pattern, kind in data["rules"])
+        return cls(data["dtype"], rules, tuple((pattern, replacement) for pattern, replacement in data["spellings"]))

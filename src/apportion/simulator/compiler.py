@@ -8,6 +8,7 @@ Where the paper leaves a choice, ours is:
 - Gradients of weights are summed over micro-batches where they arise, and reduced once, after the last one. Uses of a weight in several
   places (tied embeddings) are further terms of the same sum.
 - Parameters stored elsewhere are fetched for every use and dropped after it.
+- A device updates its weights when all its gradients are reduced, as frameworks do, unless `tree.optimizer_overlap`.
 """
 
 from __future__ import annotations
@@ -20,7 +21,7 @@ from apportion.simulator.cluster import Cluster
 from apportion.simulator.execution_graph import ExecutionGraph
 from apportion.simulator.layout import Layout, Shard, reduce_step, volume
 from apportion.simulator.lowering import Buckets, Lowering, Message, Value, boxes_as_parts, union
-from apportion.simulator.ops import LOSSES, Dim, Model, Op, Operand, backward, gradient, passes_through
+from apportion.simulator.ops import ITEMSIZE, LOSSES, Dim, Model, Op, Operand, backward, gradient, passes_through
 from apportion.simulator.propagation import Placement, place, resolve, stages_of, stored
 from apportion.simulator.schedule import BACKWARD, FORWARD, Action, actions_of, merge
 from apportion.simulator.strategy_tree import StrategyTree
@@ -54,7 +55,7 @@ class _Compiler:
         self.stage_of = {op.path: i for i, stage in enumerate(self.stages) for op in stage}
         self.placements: dict[tuple[str, int], Placement] = {}
         self.values: dict[tuple[str, int | None], Value] = {}
-        self.copies: dict[tuple[str, int, Layout, str], Value] = {}
+        self.copies: dict[tuple[str, int], dict[tuple[Layout, str], Value]] = defaultdict(dict)
         self.contributions: dict[tuple[str, int], list[Value]] = defaultdict(list)
         self.gradients: dict[tuple[str, int], Value] = {}
         self.gradient_layouts: dict[tuple[str, int], Layout] = {}
@@ -126,6 +127,7 @@ class _Compiler:
             (value,) = self.low.compute(op, placement, inputs, [(raw, tensor.itemsize, kind)])
             layout = self._activation_layout(op, operand, raw, m)
             self.values[tensor.name, m] = self.low.move(value, layout, "activation", self.messages)
+            self.copies.pop((tensor.name, m), None)  # of the value that is computed again: nobody reads it any more
             self._send()
             elsewhere = layout.devices != raw.devices
             self.gradient_layouts[tensor.name, m] = raw.summed() if elsewhere else layout
@@ -146,21 +148,21 @@ class _Compiler:
     def _fetch(self, operand: Operand, needed: Layout, m: int, phase: str) -> Value:
         """A tensor as an operator reads it. Local parts are views; what moves is shared by all readers of a phase that need the same."""
         tensor = self.model.tensors[operand.tensor]
+        copies = self.copies[tensor.name, m]
         if tensor.kind == "input":
-            key = (tensor.name, m, needed, "data")
-            if key not in self.copies:
-                self.copies[key] = self.low.initial(tensor.name, needed, tensor.itemsize, "input")
-            return self.copies[key]
+            if (needed, "data") not in copies:
+                copies[needed, "data"] = self.low.initial(tensor.name, needed, tensor.itemsize, "input")
+            return copies[needed, "data"]
         weight = tensor.kind == "weight"
         value = self.values[tensor.name, None if weight else m]
         if phase == FORWARD and (tensor.name, m) in self.made:
             value = self.made[tensor.name, m]
         offloaded = any(device.startswith("cpu") for device in value.layout.devices)
         kept = not weight and not offloaded and not _grows(value.layout, needed)
-        key = (tensor.name, m, needed, "kept" if kept else phase)
-        if key not in self.copies:
-            self.copies[key] = self.low.move(value, needed, "gathered", self.messages, self.tree.prefetch if weight else None)
-        return self.copies[key]
+        key = (needed, "kept" if kept else phase)
+        if key not in copies:
+            copies[key] = self.low.move(value, needed, "gathered", self.messages, self.tree.prefetch if weight else None)
+        return copies[key]
 
     def _activation_layout(self, op: Op, operand: Operand, raw: Layout, m: int) -> Layout:
         config = self.configs[op.path]
@@ -228,7 +230,8 @@ class _Compiler:
         for operand in b.outputs:
             tensor = self.model.tensors[operand.tensor]
             raw = placement.layout(operand, tensor.shape)
-            outputs.append((raw, tensor.itemsize, "partial" if raw.num_terms > 1 or tensor.kind == "weight" else "activation"))
+            itemsize = tensor.itemsize if tensor.kind != "weight" else max(tensor.itemsize, ITEMSIZE[self.tree.grad_dtype or tensor.dtype])
+            outputs.append((raw, itemsize, "partial" if raw.num_terms > 1 or tensor.kind == "weight" else "activation"))
         made = replace(b, outputs=tuple(Operand(gradient(o.tensor), o.dims) for o in b.outputs))
         for operand, value in zip(b.outputs, self.low.compute(made, placement, inputs, outputs), strict=True):
             self._contribute(operand.tensor, b.path, value, m)
@@ -296,6 +299,8 @@ class _Compiler:
 
     def _update(self) -> None:
         self.low.phase, self.low.micro_batch, self.low.history = "optimizer", None, []
+        if not self.tree.optimizer_overlap:
+            self.low.barrier = self._last_reductions()
         for tensor, values in self.weight_gradients.items():
             self.low.stage = self.stage_of[self.model.consumers[tensor][0]]
             grad = self._sum(tensor, values, self._gradient_layout(tensor))
@@ -306,6 +311,15 @@ class _Compiler:
         for tensor in self.weight_gradients:
             value = self.values[tensor, None]
             self.graph.results[tensor] = [(value.views[s.device], s.term) for s in value.layout.shards]
+
+    def _last_reductions(self) -> dict[str, frozenset[int]]:
+        """Per device the last gradient message of each kind: they go in order, so whoever waits for these waits for all."""
+        last: dict[str, dict[str, int]] = defaultdict(dict)
+        for task in self.graph.tasks:
+            if task.stream == "gradient":
+                for device in task.devices:
+                    last[device][f"{task.kind} {task.devices}"] = task.id
+        return {device: frozenset(tasks.values()) for device, tasks in last.items()}
 
     def _update_weight(self, name: str, grad: Value) -> None:
         tensor, old = self.model.tensors[name], self.values[name, None]

@@ -95,6 +95,9 @@ class ExecutionGraph:
 
     updated weights under their own name, summed gradients as 'grad:<weight>', and the outputs that nobody reads; a value that is still
     partial has several terms. Outputs are listed for every micro-batch.
+
+    inner_communication: device -> seconds that tasks of kind 'compute' spend in communication they contain (stages as wholes). group_sizes:
+    device -> members of the largest group it communicates in, where that is more than the tasks say.
     """
 
     model: str
@@ -102,6 +105,8 @@ class ExecutionGraph:
     buffers: list[Buffer] = field(default_factory=list)
     tasks: list[Task] = field(default_factory=list)
     results: dict[str, list[tuple[View, int]]] = field(default_factory=dict)
+    inner_communication: dict[str, float] = field(default_factory=dict)
+    group_sizes: dict[str, int] = field(default_factory=dict)
 
     @cached_property
     def writers(self) -> dict[int, list[int]]:
@@ -124,6 +129,11 @@ class ExecutionGraph:
     def predecessors(self) -> list[frozenset[int]]:
         """Per task, what must have ended before it starts."""
         return [frozenset(w for view in t.reads for w in self.writers.get(view.buffer, ())) | frozenset(t.after) for t in self.tasks]
+
+    @cached_property
+    def kept(self) -> frozenset[int]:
+        """Buffers that hold a result when the step ends, and stay: gradients too, as frameworks keep them."""
+        return frozenset(view.buffer for parts in self.results.values() for view, _ in parts)
 
     @property
     def devices(self) -> list[str]:

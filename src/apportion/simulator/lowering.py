@@ -45,7 +45,10 @@ class Message:
 
 @dataclass
 class Lowering:
-    """phase, stage, micro_batch: of whatever is written next. history: compute tasks of the latest operators, device -> task."""
+    """phase, stage, micro_batch: of whatever is written next. history: compute tasks of the latest operators, device -> task.
+
+    lazy: tasks that whatever is written next waits for; barrier: the same for compute tasks, per device.
+    """
 
     graph: ExecutionGraph
     distance: Distance
@@ -53,6 +56,7 @@ class Lowering:
     stage: int = 0
     micro_batch: int | None = None
     lazy: frozenset[int] = frozenset()
+    barrier: dict[str, frozenset[int]] = field(default_factory=dict)
     history: list[dict[str, int]] = field(default_factory=list)
     readers: dict[int, set[int]] = field(default_factory=lambda: defaultdict(set))
     writers: dict[int, set[int]] = field(default_factory=lambda: defaultdict(set))
@@ -85,7 +89,8 @@ class Lowering:
                 old = self._same_memory((in_place or {}).get(i), device, layout.of[device].box)
                 results[i][device] = self.buffer(op.outputs[i].tensor, device, layout.of[device].box, itemsize, kind, old)
             piece = Piece(reads, tuple(result[device] for result in results))
-            issued[device] = self._task(COMPUTE, op.path, (device,), COMPUTE, [piece], self.lazy, op.path, part)
+            after = self.lazy | self.barrier.get(device, frozenset())
+            issued[device] = self._task(COMPUTE, op.path, (device,), COMPUTE, [piece], after, op.path, part)
         self.history.append(issued)
         outs = zip(outputs, results, op.outputs, strict=True)
         return [Value(layout, views, operand.tensor, itemsize) for (layout, itemsize, _), views, operand in outs]

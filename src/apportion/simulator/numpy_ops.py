@@ -141,6 +141,30 @@ def _attention_grad(op: Op, part: Part, xs: Sequence[Array], shapes: Shapes) -> 
     return [np.concatenate([dq, dk[..., None, :], dv[..., None, :]], -2)]
 
 
+def _scores(op: Op, part: Part, xs: Sequence[Array], shapes: Shapes) -> list[Array]:
+    q, k = xs[0][..., :-2, :], xs[0][..., -2, :]
+    scores = np.einsum("bsgrd,btgd->bgrst", q, k) * q.shape[-1] ** -0.5
+    return [np.where(np.tril(np.ones(scores.shape[-2:], bool)), scores, -1e30)]
+
+
+def _scores_grad(op: Op, part: Part, xs: Sequence[Array], shapes: Shapes) -> list[Array]:
+    q, k = xs[0][..., :-2, :], xs[0][..., -2, :]
+    ds = xs[1] * np.tril(np.ones(xs[1].shape[-2:], bool)) * q.shape[-1] ** -0.5
+    dq, dk = np.einsum("bgrst,btgd->bsgrd", ds, k), np.einsum("bgrst,bsgrd->btgd", ds, q)
+    return [np.concatenate([dq, dk[..., None, :], np.zeros_like(dk)[..., None, :]], -2)]
+
+
+def _attend_values(op: Op, part: Part, xs: Sequence[Array], shapes: Shapes) -> list[Array]:
+    return [np.einsum("bgrst,btgd->bsgrd", xs[0], xs[1][..., -1, :])]
+
+
+def _attend_values_grad(op: Op, part: Part, xs: Sequence[Array], shapes: Shapes) -> list[Array]:
+    p, qkv, dy = xs
+    dqkv = np.zeros_like(qkv)
+    dqkv[..., -1, :] = np.einsum("bgrst,bsgrd->btgd", p, dy)
+    return [np.einsum("bsgrd,btgd->bgrst", dy, qkv[..., -1, :]), dqkv]
+
+
 def _cross_entropy(op: Op, part: Part, xs: Sequence[Array], shapes: Shapes) -> list[Array]:
     p = np.take_along_axis(_softmax(xs[0]), xs[1][..., None], -1)
     return [np.asarray(-np.log(p).sum() * op.attrs["scale"])]
@@ -281,6 +305,12 @@ KERNELS: dict[str, Kernel] = {
     "embedding_bag.grad": _embedding_grad,
     "attention": _attention,
     "attention.grad": _attention_grad,
+    "scores": _scores,
+    "scores.grad": _scores_grad,
+    "softmax": lambda op, part, xs, shapes: [_softmax(xs[0])],
+    "softmax.grad": lambda op, part, xs, shapes: [_softmax_grad(xs[0], xs[1])],
+    "attend": _attend_values,
+    "attend.grad": _attend_values_grad,
     "cross_entropy": _cross_entropy,
     "cross_entropy.grad": _cross_entropy_grad,
     "bce": _bce,

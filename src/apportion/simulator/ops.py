@@ -17,7 +17,7 @@ from typing import Any
 from apportion.core.config import DTYPES
 from apportion.core.errors import InvalidParameter
 
-ITEMSIZE = {**DTYPES, "int32": 4}
+ITEMSIZE = {**DTYPES, "float8_e4m3fn": 1, "int32": 4, "bool": 1}
 
 
 class Dim(StrEnum):
@@ -96,7 +96,7 @@ class Model:
 SAVED = {
     "relu": "o", "gelu": "0", "silu_mul": "0", "layer_norm": "01", "rms_norm": "01", "embedding": "0", "embedding_bag": "0",
     "attention": "0", "cross_entropy": "i", "bce": "i", "max_pool": "0", "avg_pool": "", "scale_shift": "01", "stack": "", "concat": "",
-    "route": "0",
+    "route": "0", "scores": "0", "softmax": "o", "attend": "01",
 }  # fmt: skip
 LOSSES = ("cross_entropy", "bce")
 

@@ -9,6 +9,12 @@ from apportion.core.errors import InvalidParameter
 from apportion.simulator.cluster import DeviceMesh
 from apportion.simulator.strategy_tree import StrategyTree
 
+# What sequence parallelism cuts: all between the two products of a layer that tensor parallelism cuts.
+SEQUENCE_PARALLEL = (
+    "**.attn_norm", "**.mlp_norm", "**.attn_add", "**.mlp_add", "**.out_bias", "**.down_bias", "final_norm",
+    "**.attn_out_mask", "**.attn_out_drop", "**.mlp_out_mask", "**.mlp_out_drop",
+)  # fmt: skip
+
 
 def data_parallel(tree: StrategyTree, mesh: DeviceMesh, axis: str = "dp") -> None:
     """Every operator on every device of the mesh, the batch cut over `axis`."""
@@ -27,11 +33,12 @@ def tensor_parallel(tree: StrategyTree, axis: str = "tp", *, sequence_parallel: 
     """Megatron (arXiv:1909.08053); with sequence_parallel norms and sums are cut over the sequence (arXiv:2205.05198)."""
     words = {node.path for node in tree.root.walk()}
     _where(tree, words, "**.attn.*", g=axis)
+    _where(tree, words, "**.attn.core.*", g=axis)
     _where(tree, words, "**.mlp.*", f=axis)
     tree.at("embed").split(v=axis)
     tree.at("head").split(v=axis)
     if sequence_parallel:
-        for glob in ("**.attn_norm", "**.mlp_norm", "**.attn_add", "**.mlp_add", "**.out_bias", "**.down_bias", "final_norm"):
+        for glob in SEQUENCE_PARALLEL:
             _where(tree, words, glob, s=axis)
 
 
@@ -56,8 +63,8 @@ def pipeline(tree: StrategyTree, mesh: DeviceMesh, num_layers: int, axis: str = 
 
 def _where(tree: StrategyTree, words: set[str], glob: str, **dims: str) -> None:
     """Split the operators of a glob that have the dims; a glob that names nothing here belongs to another family."""
-    name = glob.removeprefix("**.").split(".")[0]
-    if not any(name in path.split(".") for path in words):
+    fixed = {word for word in glob.split(".") if "*" not in word}
+    if not any(fixed <= set(path.split(".")) for path in words):
         return
     for node in tree.at(glob).nodes:
         if node.is_op:

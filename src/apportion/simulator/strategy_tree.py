@@ -77,7 +77,9 @@ class Schedule:
 class StrategyTree:
     """bucket_mb: gradients of one group are reduced together until a bucket exceeds this, the first bucket 1 MB (as DDP); MB = 10^6 bytes.
 
-    prefetch: parameters stored elsewhere are fetched while the operator this many places earlier still runs.
+    prefetch: parameters stored elsewhere are fetched while the operator this many places earlier still runs. optimizer_overlap: a weight is
+    updated as soon as its own gradient is there. grad_dtype: what gradients of weights are summed and reduced in ('float32' as Megatron
+    does); None: the weight's own.
     """
 
     def __init__(self, model: Model) -> None:
@@ -86,6 +88,8 @@ class StrategyTree:
         self.order = Schedule()
         self.bucket_mb = 25.0
         self.prefetch = 2
+        self.optimizer_overlap = False
+        self.grad_dtype: str | None = None
         for path in model.ops:
             node = self.root
             for i, word in enumerate(words := path.split(".")):

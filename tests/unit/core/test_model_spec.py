@@ -112,7 +112,6 @@ def test_heads_of_ranks():
         ({"hidden_act": "gelu"}, Unsupported, "unknown hidden_act 'gelu'; known: silu"),
         ({"torch_dtype": "float8"}, Unsupported, "unknown dtype 'float8'"),
         ({"num_key_value_heads": 5}, CheckpointError, "32 attention heads cannot share 5 key-value heads"),
-        ({"quantization_config": {"quant_method": "gptq"}}, Unsupported, "quantized by 'gptq'"),
         ({"architectures": ["Qwen3ForCausalLM"], "use_sliding_window": True, "layer_types": ["chunked"] * 32}, Unsupported, "'chunked'"),
         ({"architectures": ["Qwen3ForCausalLM"], "use_sliding_window": True, "layer_types": []}, CheckpointError, "names 0 layers"),
     ],

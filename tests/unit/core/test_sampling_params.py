@@ -18,7 +18,7 @@ from apportion.core.sampling_params import SamplingParams
         ({"top_k": -2}, "top_k must be between 0 and"),
         ({"min_p": 2}, "min_p must be at least 0 and at most 1"),
         ({"presence_penalty": 3}, "presence_penalty must be at least -2 and at most 2"),
-        ({"repetition_penalty": 0}, "repetition_penalty must be greater than 0"),
+        ({"repetition_penalty": 0}, "repetition_penalty must be at least 0.01 and at most 100"),
         ({"n": 0}, "n must be between 1 and 1024"),
         ({"n": 2, "temperature": 0}, "greedy completions would all be the same"),
         ({"seed": 1.5}, "seed must be an integer"),

@@ -33,6 +33,12 @@ def sequential_run(model, groups, prompt, num_tokens, stop=()):
     return tokens[len(prompt) :]
 
 
+def masked(token, mask):
+    """What is sampled in place of `token` under a grammar's mask."""
+    allowed = [t for t in range(VOCAB) if mask[t // 8] >> (t % 8) & 1]
+    return allowed[token % len(allowed)]
+
+
 class FakeExecutor:
     """memory: a bytearray shared by all lanes of an engine. rng: delays each step by a random number of polls when given.
 
@@ -42,7 +48,7 @@ class FakeExecutor:
     def __init__(self, memory, rng=None, die_at=(), bad_requests=()):
         self.memory, self.rng, self.die_at, self.bad_requests = memory, rng, set(die_at), set(bad_requests)
         self.is_alive, self.is_shut_down = True, False
-        self.queue, self.models, self.requests = deque(), {}, {}
+        self.queue, self.models, self.requests, self.pooling = deque(), {}, {}, {}
         self.num_submits = 0
         self.steps = []
 
@@ -87,6 +93,7 @@ class FakeExecutor:
             self.requests.pop((model, request_id), None)
         for new in step.new_requests:
             self.requests[model, new.request_id] = (list(new.token_ids), [list(t) for t in new.block_tables])
+            self.pooling[new.request_id] = new.pooling_params
         for known in step.cached_requests:
             tokens, tables = self.requests[model, known.request_id]
             tokens += known.new_token_ids
@@ -108,11 +115,19 @@ class FakeExecutor:
         for request_id, count in step.num_scheduled_tokens.items():
             tokens, tables = self.requests[model, request_id]
             end = starts[request_id] + count
+            start = starts[request_id]
             if request_id in self.bad_requests:
                 output.errors[request_id] = "told to fail"
+            elif (pooling := self.pooling[request_id]) is not None:  # a hidden state is the token it stands at
+                rows = {"mean": range(start, end), "cls": range(start, int(start == 0)), "last": range(max(start, len(tokens) - 1), end)}
+                chosen = [int.from_bytes(self._cell(groups[0], tables[0], p)) for p in rows[pooling.pooling_type]]
+                if chosen:
+                    output.pooled[request_id] = [float(sum(chosen))]
             elif end == len(tokens):
                 seen = [(g, t, visible(range(end), g.sliding_window)) for g, t in zip(groups, tables, strict=True)]
-                tokens.append(next_token(model, [[int.from_bytes(self._cell(g, t, p)) for p in positions] for g, t, positions in seen]))
+                token = next_token(model, [[int.from_bytes(self._cell(g, t, p)) for p in positions] for g, t, positions in seen])
+                mask = step.grammar_mask.get(request_id)
+                tokens.append(token if mask is None else masked(token, mask))
                 output.token_ids[request_id] = [tokens[-1]]
         return output
 

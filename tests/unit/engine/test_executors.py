@@ -140,8 +140,8 @@ from tests.unit.engine.test_executors import Bench
 from pathlib import Path
 b = Bench(Path(sys.argv[1]), "multiproc")
 b.load(b.executors[0])
-print(b.executors[0].pids[0], flush=True)
 try:
+    print(b.executors[0].pids[0], flush=True)
     time.sleep(60)
 except KeyboardInterrupt:
     pass

@@ -42,9 +42,9 @@ def test_chunks_decodes_and_samples_of_one_step():
     assert inputs.sampled.tolist() == [1, 2] and inputs.logit_rows.tolist() == [3, 5]
     assert inputs.block_tables[0].tolist()[0] == [1, 2] and inputs.block_tables[1].tolist()[0] == [-1, 3]
     assert [t.tolist()[1][0] for t in inputs.block_tables] == [7, 8]
-    start, targets = batch.prompt_targets(inputs, 0)
-    assert (start, targets.tolist()) == (0, [23, 24, 25])
-    assert batch.prompt_targets(inputs, 2)[1].tolist() == [31]
+    start, position, targets = batch.prompt_targets(inputs, 0)
+    assert (start, position, targets.tolist()) == (0, 3, [23, 24, 25])
+    assert batch.prompt_targets(inputs, 2)[2].tolist() == [31]
 
 
 def test_the_next_step_reads_what_was_sampled_here():

@@ -24,7 +24,7 @@ def test_text_and_tokens_are_the_same_prompt(inputs):
     [by_text] = make(inputs, "Hello there")
     [by_ids] = make(inputs, inputs.tokenizer.encode("Hello there"))
     assert by_text.prompt_token_ids == by_ids.prompt_token_ids and by_text.request_id == "r"
-    assert by_text.eos_token_ids == {0}
+    assert by_text.eos_token_ids == {0, 2}  # the end of a text and that of a message
 
 
 def test_n_sequences_have_their_own_ids_and_seeds(inputs):

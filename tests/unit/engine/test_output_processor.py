@@ -51,6 +51,7 @@ def test_text_grows_and_ends(tokenizer):
 def test_the_stop_token_is_in_the_ids_and_not_in_the_text(tokenizer, include, text):
     processor, [request] = start(tokenizer, include_stop_str_in_output=include, skip_special_tokens=False)
     ids = [*tokenizer.encode(" one"), tokenizer.backend.token_to_id("<|im_end|>")]
+    request.stop_ids = frozenset(ids[-1:])  # the scheduler sets them
     finish(request, "stop", ids[-1])
     feed(processor, request, ids)
     [output] = processor.outputs([RequestUpdate(request)])

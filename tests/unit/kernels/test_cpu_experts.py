@@ -6,11 +6,12 @@ import torch
 from apportion.core.errors import InternalError, InvalidParameter, Unsupported
 from apportion.kernels.cpu import extension
 from apportion.kernels.ops import ExpertsSpec
-from apportion.kernels.reference.linear import ReferenceExperts
+from apportion.kernels.reference.ops import ReferenceOps
 
 if not extension.available():
     pytest.skip(f"{extension.ABSENT}", allow_module_level=True)
 
+from apportion.kernels.cpu.experts import PackedExperts
 from apportion.kernels.cpu.ops import CpuOps
 
 CPU = extension.load()
@@ -46,8 +47,8 @@ def choices(rows, top_k, num_experts):
 @pytest.mark.parametrize("dtypes", [(d,) for d in DTYPES] + [("bfloat16", "float32", "float16", "bfloat16", "bfloat16")], ids="-".join)
 @pytest.mark.parametrize(("hidden", "ffn"), [(64, 96), (80, 40), (172, 33)])
 def test_matches_the_reference(ops, dtypes, hidden, ffn):
-    spec = ExpertsSpec(5, hidden, ffn, dtypes)
-    experts, expected = filled(ops.experts(spec)), filled(ReferenceExperts(spec))
+    spec = ExpertsSpec(5, hidden, ffn, tuple((dtype,) * 3 for dtype in dtypes))
+    experts, expected = filled(ops.experts(spec)), filled(ReferenceOps().experts(spec))
     tolerance = 2e-2 if ops.isa == "amx" and "bfloat16" in dtypes else 2e-5  # matrix tiles take bf16 operands
     for rows in (1, 2, 17, 130):
         x, (ids, weights) = torch.randn(rows, hidden), choices(rows, 3, 5)
@@ -57,14 +58,14 @@ def test_matches_the_reference(ops, dtypes, hidden, ffn):
 def test_many_pairs(ops):
     """More pairs than one pass holds, and experts of more rows than one chunk."""
     spec = ExpertsSpec(4, 32, 32)
-    experts, expected = filled(ops.experts(spec)), filled(ReferenceExperts(spec))
+    experts, expected = filled(ops.experts(spec)), filled(ReferenceOps().experts(spec))
     x, (ids, weights) = torch.randn(2100, 32), choices(2100, 2, 4)
     torch.testing.assert_close(experts(x, ids, weights), expected(x, ids, weights), rtol=2e-5, atol=2e-5)
 
 
 @pytest.mark.parametrize("dtype", DTYPES)
 def test_a_token_does_not_depend_on_the_others(ops, dtype):
-    spec = ExpertsSpec(6, 160, 72, (dtype,))
+    spec = ExpertsSpec(6, 160, 72, ((dtype,) * 3,))
     experts, alone = filled(ops.experts(spec)), filled(CpuOps(ALONE, ops.isa).experts(spec))
     x, (ids, weights) = torch.randn(90, 160), choices(90, 2, 6)
     whole = experts(x, ids, weights)
@@ -79,10 +80,10 @@ def test_nothing_chosen_is_zero(ops):
 
 def test_errors_name_the_thing():
     ops = CpuOps(TEAM)
-    with pytest.raises(InvalidParameter, match="2 dtypes were given for 3 experts"):
-        ops.experts(ExpertsSpec(3, 8, 8, ("float32", "float32")))
-    with pytest.raises(Unsupported, match="int3"):
-        ops.experts(ExpertsSpec(3, 8, 8, ("int3",)))
+    with pytest.raises(InvalidParameter, match="2 schemes were given for 3 experts"):
+        ops.experts(ExpertsSpec(3, 8, 8, (("float32",) * 3,) * 2))
+    with pytest.raises(Unsupported, match="int6"):
+        PackedExperts(TEAM, ExpertsSpec(3, 8, 8, (("int6_channel",) * 3,)))
     experts = filled(ops.experts(ExpertsSpec(3, 8, 8)))
     with pytest.raises(InternalError, match="down"):
         experts.load(0, "down", torch.zeros(8, 9))

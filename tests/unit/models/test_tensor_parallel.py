@@ -15,6 +15,7 @@ from apportion.kernels.reference.ops import ReferenceOps
 from apportion.models.checkpoint import read_spec
 from apportion.models.loader import attach_model, build_model, load_model, weight_layers
 from apportion.parallel.groups import ParallelGroup
+from apportion.quant.scheme import LinearRecords
 from tests.golden.conftest import Driver
 from tests.ranks import on_ranks
 
@@ -86,7 +87,7 @@ MIXTURES = {
 def test_ranks_of_a_mixture_equal_one(tmp_path, logits_of, architecture):
     config = CONFIG | {"architectures": [architecture]} | MIXTURES[architecture]
     spec = ModelSpec.from_hf(config)
-    blank = build_model(spec, ReferenceOps(), ParallelGroup(), "float32")
+    blank = build_model(spec, ReferenceOps(), ParallelGroup(), LinearRecords("float32"))
     generator = torch.Generator().manual_seed(5)
     shapes = {source.name: source.shape for layer in weight_layers(blank) for source in layer.sources(())}
     save_file({name: torch.randn(shape, generator=generator) * 0.3 for name, shape in shapes.items()}, tmp_path / "model.safetensors")

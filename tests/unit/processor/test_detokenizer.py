@@ -65,6 +65,16 @@ def test_half_a_character_is_never_shown():
         assert "".join(stream(BUNDLED, ids[:cut])[0]) == "a"
 
 
+@pytest.mark.parametrize("tail", ["", "fine", "é"])
+def test_bytes_that_begin_no_character_are_shown_as_they_come(tail):
+    """All but the last three, which might begin one, while they come; all of them once something follows."""
+    byte = BUNDLED.backend.token_to_id("ÿ")  # 0xFF as byte-level vocabularies spell it
+    ids = [byte] * 40 + BUNDLED.encode(tail, add_special_tokens=False)
+    pieces, _ = stream(BUNDLED, ids)
+    assert "".join(pieces) == BUNDLED.decode(ids) if tail else "\ufffd" * 37
+    assert "".join(pieces[:40]) == "\ufffd" * 37
+
+
 @pytest.mark.parametrize("text", ["Hello world", " leading", "日本語 😀 ok", "a\nb", "é" * 7])
 def test_byte_fallback_text_with_and_without_a_prompt(mistral, text):
     ids = mistral.encode(text, add_special_tokens=False)

@@ -4,11 +4,12 @@ from functools import partial
 from typing import Any
 
 from apportion.core.env import ENV
+from apportion.core.kv_spec import KV_FORMATS
 from apportion.kernels.cpu import extension
 from apportion.kernels.dispatch import Capability, Implementation
 from apportion.platforms.platform import ComputeShare
 
-ROUNDS_ACTIVATIONS = {"amx": ("bfloat16",)}  # matrix tiles multiply bf16 by bf16
+ROUNDS_ACTIVATIONS = {"amx": ("bfloat16", "e4m3", "e5m2", "int8", "int4", "int3", "int2")}  # matrix tiles multiply bf16 by bf16
 RANKS = {"generic": 10, "avx2": 20, "avx512": 30, "amx": 40}
 
 
@@ -34,6 +35,6 @@ def implementations() -> list[Implementation]:
         if ENV.isa and isa != ENV.isa:
             unavailable = f"APPORTION_ISA pins '{ENV.isa}'"
         rounds = ROUNDS_ACTIVATIONS.get(isa, ())
-        capability = Capability("cpu", isa, batch_invariant=True, rounds_activations=rounds)
+        capability = Capability("cpu", isa, kv_dtypes=tuple(KV_FORMATS), batch_invariant=True, rounds_activations=rounds)
         found.append(Implementation(f"cpu-{isa}", RANKS[isa], capability, partial(_make, isa), unavailable))
     return found

@@ -17,7 +17,7 @@ def _bind(team: Any, spec: AttentionSpec, arena: Tensor) -> Any:
     span = module.attention_limits()["span"]
     if kv.block_size % span:
         raise Unsupported(f"CPU attention takes block sizes that are multiples of {span} tokens, got {kv.block_size}")
-    if kv.head_dim % kv.format.lanes:
+    if not kv.latent and kv.head_dim % kv.format.lanes:
         raise Unsupported(f"CPU attention in {kv.format.name} takes a head_dim that is a multiple of {kv.format.lanes}, got {kv.head_dim}")
     if spec.num_heads % kv.num_kv_heads:
         raise Unsupported(f"{spec.num_heads} query heads cannot share {kv.num_kv_heads} kv heads evenly")
@@ -43,16 +43,27 @@ def _bind(team: Any, spec: AttentionSpec, arena: Tensor) -> Any:
     )
 
 
+def _address(tensor: Tensor | None) -> int:
+    return 0 if tensor is None else tensor.data_ptr()
+
+
 class _Planned:
+    generation = 0
+
     def __init__(self, team: Any, spec: AttentionSpec, arena: Tensor) -> None:
         self.spec = spec
         self._arena = arena  # kept alive: the kernel holds its address
         self._kernel = _bind(team, spec, arena)
 
-    def plan(self, query_start_loc: Tensor, seq_lens: Tensor, block_table: Tensor, num_requests: int, num_tokens: int) -> Any:
-        return self._kernel.plan(
-            query_start_loc.data_ptr(), seq_lens.data_ptr(), block_table.data_ptr(), block_table.stride(0), num_requests
+    def plan(
+        self, query_start_loc: Tensor, seq_lens: Tensor, block_table: Tensor, num_requests: int, num_tokens: int, handle: Any = None
+    ) -> Any:
+        if handle is None:
+            handle = extension.load().AttentionPlan()
+        self._kernel.plan(
+            handle, query_start_loc.data_ptr(), seq_lens.data_ptr(), block_table.data_ptr(), block_table.stride(0), num_requests
         )
+        return handle
 
 
 class PagedAttention(_Planned):
@@ -67,6 +78,7 @@ class PagedAttention(_Planned):
         handle: Any,
         q_norm: Tensor | None = None,
         k_norm: Tensor | None = None,
+        scales: Tensor | None = None,
     ) -> None:
         self._kernel.write(
             handle,
@@ -75,23 +87,24 @@ class PagedAttention(_Planned):
             qkv.stride(0),
             positions.data_ptr(),
             cos_sin.data_ptr(),
-            0 if q_norm is None else q_norm.data_ptr(),
-            0 if k_norm is None else k_norm.data_ptr(),
+            _address(q_norm),
+            _address(k_norm),
+            _address(scales),
         )
 
-    def run(self, layer_offset: int, qkv: Tensor, out: Tensor, handle: Any) -> Tensor:
-        self._kernel.run(handle, layer_offset, qkv.data_ptr(), qkv.stride(0), out.data_ptr(), out.stride(0))
+    def run(self, layer_offset: int, qkv: Tensor, out: Tensor, handle: Any, scales: Tensor | None = None) -> Tensor:
+        self._kernel.run(handle, layer_offset, qkv.data_ptr(), qkv.stride(0), out.data_ptr(), out.stride(0), _address(scales))
         return out
 
 
 class LatentAttention(_Planned):
     """kernels/ops.LatentAttention."""
 
-    def write(self, layer_offset: int, latent: Tensor, handle: Any) -> None:
-        self._kernel.write(handle, layer_offset, latent.data_ptr(), latent.stride(0), 0, 0, 0, 0)
+    def write(self, layer_offset: int, latent: Tensor, handle: Any, scales: Tensor | None = None) -> None:
+        self._kernel.write(handle, layer_offset, latent.data_ptr(), latent.stride(0), 0, 0, 0, 0, _address(scales))
 
-    def run(self, layer_offset: int, q: Tensor, out: Tensor, handle: Any) -> Tensor:
-        self._kernel.run(handle, layer_offset, q.data_ptr(), q.stride(0), out.data_ptr(), out.stride(0))
+    def run(self, layer_offset: int, q: Tensor, out: Tensor, handle: Any, scales: Tensor | None = None) -> Tensor:
+        self._kernel.run(handle, layer_offset, q.data_ptr(), q.stride(0), out.data_ptr(), out.stride(0), _address(scales))
         return out
 
 

@@ -5,10 +5,11 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from apportion.core.errors import InternalError, InvalidParameter, Unsupported
+from apportion.core.errors import InternalError, Unsupported
 from apportion.kernels.cpu.extension import load
-from apportion.kernels.cpu.linear import ALIGNMENT, DTYPE_CODES, source_of
-from apportion.kernels.ops import ExpertsSpec
+from apportion.kernels.cpu.formats import code_source, obstacle, weight_format
+from apportion.kernels.cpu.linear import ALIGNMENT, source_of
+from apportion.kernels.ops import WEIGHT_DTYPES, ExpertsSpec, QuantizedWeight
 
 _PROJECTIONS = {"gate": 0, "up": 1, "down": 2}
 
@@ -17,14 +18,12 @@ class PackedExperts:
     """`kernels.ops.Experts` on the CPU."""
 
     def __init__(self, team: object, spec: ExpertsSpec) -> None:
-        dtypes = spec.dtypes * spec.num_experts if len(spec.dtypes) == 1 else spec.dtypes
-        if len(dtypes) != spec.num_experts:
-            raise InvalidParameter(f"{len(dtypes)} dtypes were given for {spec.num_experts} experts; give one, or one per expert.")
-        for dtype in dtypes:
-            if dtype not in DTYPE_CODES:
-                raise Unsupported(f"experts of dtype '{dtype}' have no CPU kernel; there are {', '.join(DTYPE_CODES)}.")
+        for scheme in {scheme for schemes in spec.schemes for scheme in schemes}:
+            if why := obstacle(scheme):
+                raise Unsupported(f"experts in '{scheme}' have no grouped CPU kernel: {why}.")
         self.spec = spec
-        self._kernel = load().Experts(team, [DTYPE_CODES[dtype] for dtype in dtypes], spec.hidden, spec.ffn)
+        formats = [weight_format(scheme) for expert in range(spec.num_experts) for scheme in spec.schemes_of(expert)]
+        self._kernel = load().Experts(team, formats, spec.hidden, spec.ffn)
         self.nbytes: int = self._kernel.nbytes
         self._buffer: Tensor | None = None
 
@@ -35,16 +34,28 @@ class PackedExperts:
         self._buffer = buffer
         self._kernel.bind(buffer.data_ptr())
 
-    def load(self, expert: int, projection: str, weight: Tensor, row: int = 0) -> None:
+    def load(self, expert: int, projection: str, weight: Tensor | QuantizedWeight, row: int = 0) -> None:
         """projection: 'gate' or 'up' (weight [n, M], rows row..row+n of F) or 'down' (weight [n, F], rows of M)."""
         if self._buffer is None:
             raise InternalError("experts have no storage yet: bind it first.")
         down = projection == "down"
         rows, columns = (self.spec.hidden, self.spec.ffn) if down else (self.spec.ffn, self.spec.hidden)
-        if weight.ndim != 2 or weight.shape[1] != columns or row < 0 or row + weight.shape[0] > rows:
-            raise InternalError(f"rows of shape {tuple(weight.shape)} from row {row} on do not fit {projection} of {rows} x {columns}.")
+        shape, which = weight.codes.shape if isinstance(weight, QuantizedWeight) else weight.shape, _PROJECTIONS[projection]
+        if len(shape) != 2 or shape[1] != columns or row < 0 or row + shape[0] > rows:
+            raise InternalError(f"rows of shape {tuple(shape)} from row {row} on do not fit {projection} of {rows} x {columns}.")
+        scheme = self.spec.schemes_of(expert)[which]
+        if isinstance(weight, QuantizedWeight):
+            if row % (weight.format.block[0] or rows):
+                raise InternalError(
+                    f"rows of {weight.format.name} cannot start at {row}: a scale holds for {weight.format.block[0] or rows}."
+                )
+            source, _kept = code_source(weight, scheme)
+            self._kernel.pack_codes(expert, which, source, row, shape[0])
+            return
+        if scheme not in WEIGHT_DTYPES:
+            raise InternalError(f"experts of {scheme} were given rows in floating point.")
         weight, code = source_of(weight)
-        self._kernel.pack(expert, _PROJECTIONS[projection], weight.data_ptr(), code, weight.stride(0), row, weight.shape[0])
+        self._kernel.pack(expert, which, weight.data_ptr(), code, weight.stride(0), row, weight.shape[0])
 
     def __call__(self, x: Tensor, expert_ids: Tensor, expert_weights: Tensor) -> Tensor:
         """x [T, M], expert_ids int32 [T, k], expert_weights float32 [T, k] -> [T, M]; summed over k in the given order."""

@@ -6,10 +6,11 @@ import torch
 from torch import Tensor
 
 from apportion.core.errors import InternalError, InvalidParameter, Unsupported
+from apportion.core.number_format import Scheme
 from apportion.kernels.cpu.extension import load
-from apportion.kernels.ops import LinearSpec
+from apportion.kernels.cpu.formats import code_source, obstacle, weight_format
+from apportion.kernels.ops import LinearSpec, QuantizedWeight
 
-DTYPE_CODES = {"float32": 0, "bfloat16": 1, "float16": 2}
 SOURCE_CODES = {torch.float32: 0, torch.bfloat16: 1, torch.float16: 2}
 ALIGNMENT = 64  # bytes a vector load wants; arenas give 256
 
@@ -29,14 +30,17 @@ class PackedLinear:
     """`kernels.ops.Linear` on the CPU. `team`: the `_cpu.ThreadTeam` of the lane that calls it."""
 
     def __init__(self, team: object, spec: LinearSpec) -> None:
-        if spec.dtype not in DTYPE_CODES:
-            raise Unsupported(f"weights of dtype '{spec.dtype}' have no CPU kernel; there are {', '.join(DTYPE_CODES)}.")
+        if why := obstacle(spec.scheme):
+            raise Unsupported(f"weights in '{spec.scheme}' have no packed CPU kernels: {why}.")
         if spec.out_features < 1 or spec.in_features < 1:
             raise InvalidParameter(f"a linear of {spec.out_features} x {spec.in_features} features is empty.")
+        if spec.gated and spec.out_features % 2:
+            raise InvalidParameter(f"a gated linear has as many gates as ups, not {spec.out_features} rows in all.")
         self.spec = spec
-        self._kernel = load().Linear(team, DTYPE_CODES[spec.dtype], spec.out_features, spec.in_features, spec.bias)
+        self._format = Scheme.parse(spec.scheme).weight
+        self._kernel = load().Linear(team, weight_format(spec.scheme), spec.out_features, spec.in_features, spec.bias, spec.gated)
         self._run = self._kernel.run
-        self._out_features = spec.out_features
+        self._width = spec.width
         self.nbytes: int = self._kernel.nbytes
         self._buffer: Tensor | None = None
 
@@ -47,40 +51,60 @@ class PackedLinear:
         self._buffer = buffer
         self._kernel.bind(buffer.data_ptr())
 
-    def load_rows(self, weight: Tensor, row: int) -> None:
-        """Pack weight [n, C] (any float dtype) as output rows row..row+n."""
-        self._check_rows(weight.shape[0], row)
-        if weight.ndim != 2 or weight.shape[1] != self.spec.in_features:
-            raise InternalError(f"rows of shape {tuple(weight.shape)} do not fit a weight of {self.spec.in_features} input features.")
+    def load_rows(self, weight: Tensor | QuantizedWeight, row: int) -> None:
+        """Pack weight [n, C] (any float dtype, or codes of the scheme) as rows row..row+n."""
+        shape = weight.codes.shape if isinstance(weight, QuantizedWeight) else weight.shape
+        self._check_rows(shape[0], row)
+        if len(shape) != 2 or shape[1] != self.spec.in_features:
+            raise InternalError(f"rows of shape {tuple(shape)} do not fit a weight of {self.spec.in_features} input features.")
+        if not self._format.is_float:
+            self._check_block(row)
+            source, kept = code_source(weight, self.spec.scheme)
+            self._kernel.pack_codes(source, row, len(kept[0]))
+            return
+        if isinstance(weight, QuantizedWeight):
+            raise InternalError(f"a linear of {self.spec.scheme} was given rows in {weight.format.name}.")
         weight, code = source_of(weight)
         self._kernel.pack(weight.data_ptr(), code, weight.stride(0), row, weight.shape[0])
 
     def load_bias(self, bias: Tensor, row: int) -> None:
-        """Store bias [n] (any float dtype) for output rows row..row+n; rows past the last are zeroed with it."""
+        """Store bias [n] (any float dtype) for rows row..row+n of the weight; the padding is zeroed."""
         self._check_rows(bias.shape[0], row)
         if not self.spec.bias:
             raise InternalError("a bias was given to a linear without one.")
         assert self._buffer is not None
-        padded = -(-self.spec.out_features // 32) * 32
-        panels = padded * (-(-self.spec.in_features // 32) * 32) * (4 if self.spec.dtype == "float32" else 2)
-        stored = self._buffer[panels : panels + 4 * padded].view(torch.float32)
-        stored[row : row + bias.shape[0]] = bias.to(torch.float32)
-        if row + bias.shape[0] == self.spec.out_features:
-            stored[self.spec.out_features :] = 0
+        count, width = self.spec.out_features // self._width, self._width  # of matrices: gates and ups are two
+        padded = -(-width // 32) * 32
+        start_byte = self._kernel.bias_start
+        stored = self._buffer[start_byte : start_byte + 4 * count * padded].view(torch.float32).view(count, padded)
+        for matrix in range(count):
+            first, last = max(0, row - matrix * width), min(width, row + bias.shape[0] - matrix * width)
+            if first < last:
+                start = first + matrix * width - row
+                stored[matrix, first:last] = bias[start : start + last - first].to(torch.float32)
+                stored[matrix, width:] = 0
 
     def __call__(self, x: Tensor, out: Tensor | None = None) -> Tensor:
-        """x [T, C] -> [T, N] float32; both may be views with a row stride."""
+        """x [T, C] -> [T, spec.width] float32; both may be views with a row stride."""
         rows = x.shape[0]
         if out is None:
-            out = torch.empty((rows, self._out_features))
+            out = torch.empty((rows, self._width))
         self._run(x.data_ptr(), x.stride(0), out.data_ptr(), out.stride(0), rows)
         return out
 
-    def rows(self, ids: Tensor) -> Tensor:
+    def rows(self, ids: Tensor, out: Tensor | None = None) -> Tensor:
         """Rows `ids` (int32 [T]) of the weight as float32 [T, C]."""
-        out = torch.empty((ids.shape[0], self.spec.in_features))
+        if self.spec.gated:
+            raise InternalError("a gated linear gives no rows of its weight.")
+        if out is None:
+            out = torch.empty((ids.shape[0], self.spec.in_features))
         self._kernel.gather(ids.data_ptr(), ids.shape[0], out.data_ptr())
         return out
+
+    def _check_block(self, row: int) -> None:
+        step = self._format.block[0] or self.spec.out_features
+        if row % step:
+            raise InternalError(f"rows of {self._format.name} must start at a multiple of {step}, not at {row}")
 
     def _check_rows(self, count: int, row: int) -> None:
         if self._buffer is None:

@@ -2,17 +2,24 @@
 
 from __future__ import annotations
 
+import logging
 from typing import Any
 
+import torch
 from torch import Tensor
 
+from apportion.core.number_format import Scheme
 from apportion.kernels.cpu.attention import LatentAttention, PagedAttention, Rotary
 from apportion.kernels.cpu.elementwise import Elementwise
 from apportion.kernels.cpu.experts import PackedExperts
 from apportion.kernels.cpu.extension import load
+from apportion.kernels.cpu.formats import obstacle
 from apportion.kernels.cpu.linear import PackedLinear
 from apportion.kernels.cpu.sampling import Sampling
-from apportion.kernels.ops import AttentionSpec, ExpertsSpec, LinearSpec
+from apportion.kernels.ops import AttentionSpec, Experts, ExpertsSpec, Linear, LinearSpec
+from apportion.kernels.reference.linear import DequantizedLinear, ReferenceExperts
+
+logger = logging.getLogger(__name__)
 
 
 class CpuOps:
@@ -22,25 +29,64 @@ class CpuOps:
     the chosen one. Objects made by a CpuOps keep its set; several sets may live side by side (tests compare them).
     """
 
+    device = torch.device("cpu")
+
     def __init__(self, team: Any, isa: str | None = None) -> None:
         self._module = load()
         self.team = team
         self.isa: str = isa or self._module.features()["isa"]
         self.name = f"cpu-{self.isa}"
         self._module.select_isa(self.isa)
+        self._announced: set[str] = set()
         rows = Elementwise(team)
         self.rms_norm, self.add_rms_norm, self.silu_mul, self.route = rows.rms_norm, rows.add_rms_norm, rows.silu_mul, rows.route
         self.rotate = Rotary(team).rotate
         sampling = Sampling(team)
-        self.sample, self.logprobs = sampling.sample, sampling.logprobs
+        self.sample, self.logprobs, self.apply_bitmask = sampling.sample, sampling.logprobs, sampling.apply_bitmask
 
-    def linear(self, spec: LinearSpec) -> PackedLinear:
+    def recording(self) -> Any:
+        return self._module.Recording(self.team)
+
+    def linear(self, spec: LinearSpec) -> Linear:
+        """Packed panels; a scheme that the kernels do not take is dequantized in panels for the float32 one."""
+        self._announce(spec.scheme)
+        if obstacle(spec.scheme):
+            return DequantizedLinear(spec, self.linear)
         self._module.select_isa(self.isa)
         return PackedLinear(self.team, spec)
 
-    def experts(self, spec: ExpertsSpec) -> PackedExperts:
+    def experts(self, spec: ExpertsSpec) -> Experts:
+        """One grouped operator, each projection of each expert in its own scheme; linear by linear where the kernels do not take one."""
+        for scheme in {scheme for schemes in spec.schemes for scheme in schemes}:
+            self._announce(scheme)
+        if any(obstacle(scheme) for schemes in spec.schemes for scheme in schemes):
+            return ReferenceExperts(spec, self.linear, self.silu_mul)
         self._module.select_isa(self.isa)
         return PackedExperts(self.team, spec)
+
+    def _announce(self, scheme: str) -> None:
+        """Say once how linears of a scheme are computed; slow ones as a warning."""
+        if scheme not in self._announced:
+            self._announced.add(scheme)
+            logger.log(logging.WARNING if obstacle(scheme) else logging.INFO, "linears in %s: %s", scheme, self.method(scheme))
+
+    def method(self, scheme: str) -> str:
+        """How a linear of a scheme is computed, in words."""
+        why = obstacle(scheme)
+        if why:
+            return f"the reference path, dequantized for every call: the packed kernels do not take it ({why})"
+        parsed = Scheme.parse(scheme)
+        tiles = self.isa == "amx" and (parsed.weight.element == "bfloat16" or not parsed.weight.is_float)
+        if not tiles:
+            return "packed panels, multiplied in float32"
+        if (
+            parsed.weight.element == "int8"
+            and parsed.activation is not None
+            and parsed.activation.is_integer
+            and parsed.weight.block[1] % 64 == 0
+        ):
+            return "packed panels, multiplied in int8 matrix tiles"
+        return "packed panels, multiplied in bf16 matrix tiles"
 
     def paged_attention(self, spec: AttentionSpec, arena: Tensor) -> PagedAttention:
         self._module.select_isa(self.isa)

@@ -7,12 +7,14 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from apportion.core.errors import InternalError
 from apportion.kernels.cpu import extension
 from apportion.kernels.ops import SamplingRows
 
 
 class Sampling:
-    """`sample` and `logprobs` of kernels/ops.Ops. A row whose largest logit is NaN or infinite gives token -1, NaN log-probabilities."""
+    """`sample`, `apply_bitmask` and `logprobs` of kernels/ops.Ops. A row whose largest logit is NaN or infinite gives token -1 and
+    log-probabilities of NaN."""
 
     def __init__(self, team: Any) -> None:
         self._kernel = extension.load().Sampling(team)
@@ -35,6 +37,15 @@ class Sampling:
             out.data_ptr(),
         )
         return out
+
+    def apply_bitmask(self, logits: Tensor, rows: Tensor, masks: Tensor) -> None:
+        """logits float32 [R, V], contiguous in its last axis; rows int32 [G]; masks uint8 [G, >= V / 8]."""
+        size, mask_bytes = logits.shape[1], masks.shape[1]
+        if mask_bytes * 8 < size:
+            raise InternalError(f"a mask of {mask_bytes} bytes does not cover a vocabulary of {size} tokens")
+        self._kernel.apply_bitmask(
+            logits.data_ptr(), logits.stride(0), size, rows.data_ptr(), len(rows), masks.contiguous().data_ptr(), mask_bytes
+        )
 
     def logprobs(self, logits: Tensor, token_ids: Tensor, top_n: int) -> tuple[Tensor, Tensor, Tensor, Tensor]:
         """(logprob of token_ids int32 [R], rank int32 [R] from 1, top ids int32 [R, n], top logprobs [R, n]); n at most V."""

@@ -2,6 +2,7 @@
 
 from typing import Any
 
+from apportion.core.kv_spec import KV_FORMATS
 from apportion.kernels.dispatch import Capability, Implementation
 from apportion.platforms.platform import ComputeShare
 
@@ -17,5 +18,5 @@ def _make(share: ComputeShare | None) -> Any:
 
 
 def implementations() -> list[Implementation]:
-    capability = Capability(device="cpu", limits=("float32 copies of 16-bit weights are made at every call",))
+    capability = Capability(device="cpu", kv_dtypes=tuple(KV_FORMATS), limits=("float32 copies of 16-bit weights are made at every call",))
     return [Implementation(name="reference", rank=0, capability=capability, make=_make)]

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -67,7 +68,7 @@ def attend(q: Tensor, k: Tensor, v: Tensor, first_position: int, k_position: int
     return out
 
 
-def attend_paged(arena: Tensor, spec: AttentionSpec, layer_offset: int, q: Tensor, out: Tensor, plan: Plan) -> None:
+def attend_paged(arena: Tensor, spec: AttentionSpec, layer_offset: int, q: Tensor, out: Tensor, plan: Plan, scales: Tensor | None) -> None:
     """Causal attention of q [T, H, D] over each request's blocks into out [T, H, Dv]."""
     size, window = spec.kv.block_size, spec.kv.sliding_window
     for request, ((first, last), seq_len) in enumerate(zip(plan.rows, plan.seq_lens, strict=True)):
@@ -76,7 +77,7 @@ def attend_paged(arena: Tensor, spec: AttentionSpec, layer_offset: int, q: Tenso
         position = seq_len - (last - first)
         seen = 0 if window is None else max(0, position - window + 1) // size  # blocks before it are dead
         entries = plan.block_table[request, seen : -(-seq_len // size)]
-        k, v = read_blocks(arena, spec.kv, layer_offset, entries)
+        k, v = read_blocks(arena, spec.kv, layer_offset, entries, scales)
         length = seq_len - seen * size
         out[first:last] = attend(q[first:last], k[:length], v[:length], position, seen * size, spec.scale, window)
 
@@ -84,11 +85,15 @@ def attend_paged(arena: Tensor, spec: AttentionSpec, layer_offset: int, q: Tenso
 class ReferencePagedAttention:
     """kernels/ops.PagedAttention."""
 
+    generation = 0
+
     def __init__(self, spec: AttentionSpec, arena: Tensor) -> None:
         self.spec = spec
         self._arena = arena
 
-    def plan(self, query_start_loc: Tensor, seq_lens: Tensor, block_table: Tensor, num_requests: int, num_tokens: int) -> Plan:
+    def plan(
+        self, query_start_loc: Tensor, seq_lens: Tensor, block_table: Tensor, num_requests: int, num_tokens: int, handle: Any = None
+    ) -> Plan:
         return plan_step(self.spec.kv, query_start_loc, seq_lens, block_table, num_requests)
 
     def write(
@@ -100,6 +105,7 @@ class ReferencePagedAttention:
         handle: Plan,
         q_norm: Tensor | None = None,
         k_norm: Tensor | None = None,
+        scales: Tensor | None = None,
     ) -> None:
         q, k, v = self._split(qkv, handle)
         k = k.clone()
@@ -108,11 +114,11 @@ class ReferencePagedAttention:
                 x.copy_(rms_norm(x, weight, self.spec.qk_norm_eps))
             if self.spec.rotary_dim:
                 rotate(x[..., : self.spec.rotary_dim], positions[: len(x)], cos_sin, self.spec.interleaved)
-        write_tokens(self._arena, self.spec.kv, layer_offset, handle.entries, handle.slots, k, v)
+        write_tokens(self._arena, self.spec.kv, layer_offset, handle.entries, handle.slots, k, v, scales)
 
-    def run(self, layer_offset: int, qkv: Tensor, out: Tensor, handle: Plan) -> Tensor:
+    def run(self, layer_offset: int, qkv: Tensor, out: Tensor, handle: Plan, scales: Tensor | None = None) -> Tensor:
         q, _, _ = self._split(qkv, handle)
-        attend_paged(self._arena, self.spec, layer_offset, q, out.unflatten(-1, (self.spec.num_heads, -1)), handle)
+        attend_paged(self._arena, self.spec, layer_offset, q, out.unflatten(-1, (self.spec.num_heads, -1)), handle, scales)
         return out
 
     def _split(self, qkv: Tensor, handle: Plan) -> tuple[Tensor, Tensor, Tensor]:
@@ -126,17 +132,21 @@ class ReferencePagedAttention:
 class ReferenceLatentAttention:
     """kernels/ops.LatentAttention."""
 
+    generation = 0
+
     def __init__(self, spec: AttentionSpec, arena: Tensor) -> None:
         self.spec = spec
         self._arena = arena
 
-    def plan(self, query_start_loc: Tensor, seq_lens: Tensor, block_table: Tensor, num_requests: int, num_tokens: int) -> Plan:
+    def plan(
+        self, query_start_loc: Tensor, seq_lens: Tensor, block_table: Tensor, num_requests: int, num_tokens: int, handle: Any = None
+    ) -> Plan:
         return plan_step(self.spec.kv, query_start_loc, seq_lens, block_table, num_requests)
 
-    def write(self, layer_offset: int, latent: Tensor, handle: Plan) -> None:
+    def write(self, layer_offset: int, latent: Tensor, handle: Plan, scales: Tensor | None = None) -> None:
         latent = latent[: len(handle.entries), None]
-        write_tokens(self._arena, self.spec.kv, layer_offset, handle.entries, handle.slots, latent, None)
+        write_tokens(self._arena, self.spec.kv, layer_offset, handle.entries, handle.slots, latent, None, scales)
 
-    def run(self, layer_offset: int, q: Tensor, out: Tensor, handle: Plan) -> Tensor:
-        attend_paged(self._arena, self.spec, layer_offset, q, out, handle)
+    def run(self, layer_offset: int, q: Tensor, out: Tensor, handle: Plan, scales: Tensor | None = None) -> Tensor:
+        attend_paged(self._arena, self.spec, layer_offset, q, out, handle, scales)
         return out

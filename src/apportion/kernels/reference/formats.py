@@ -12,8 +12,13 @@ import torch
 from torch import Tensor
 
 from apportion.core.kv_spec import UNIT_BYTES, KVGroupSpec
+from apportion.kernels.reference.number_formats import to_float8
 
-TORCH_DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
+TORCH_DTYPES = {
+    "float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16, "fp8_e4m3": torch.float8_e4m3fn,
+    "fp8_e5m2": torch.float8_e5m2,
+}  # fmt: skip
+_BITS = {4: torch.int32, 2: torch.int16, 1: torch.uint8}  # what indexing works on, whatever the bits mean
 _PIECE = 64  # bytes; every layer of every block starts at a multiple of it
 
 
@@ -43,21 +48,38 @@ def _element_index(group: KVGroupSpec) -> tuple[Tensor, Tensor]:
     return k[0], v[0]
 
 
-def read_blocks(arena: Tensor, group: KVGroupSpec, layer_offset: int, entries: Tensor) -> tuple[Tensor, Tensor]:
-    """Blocks `entries` [n] of one layer, unpacked: K [n * block_size, K, D] and V [n * block_size, K, Dv], float32."""
+def read_blocks(
+    arena: Tensor, group: KVGroupSpec, layer_offset: int, entries: Tensor, scales: Tensor | None = None
+) -> tuple[Tensor, Tensor]:
+    """Blocks `entries` [n] of one layer, unpacked: K [n * block_size, K, D] and V [n * block_size, K, Dv], float32.
+
+    scales: float32 [2, K], of keys and of values, where the format has such; None for 1.
+    """
     pieces = arena.view(-1, _PIECE)
     first = entries.long() * (UNIT_BYTES // _PIECE) + layer_offset // _PIECE
     rows = first[:, None] + torch.arange(group.layer_bytes // _PIECE)
     stored = pieces.index_select(0, rows.flatten()).view(len(entries), group.layer_bytes).view(TORCH_DTYPES[group.format.name])
     k, v = split_block(stored, group)
-    return k.flatten(0, 1).float(), v.flatten(0, 1).float()
+    k, v = k.flatten(0, 1).float(), v.flatten(0, 1).float()
+    return (k, v) if scales is None else (k * scales[0, :, None], v * scales[1, :, None])
 
 
-def write_tokens(arena: Tensor, group: KVGroupSpec, layer_offset: int, entries: Tensor, slots: Tensor, k: Tensor, v: Tensor | None) -> None:
-    """Store k [T, K, D] and v [T, K, Dv] (None for a latent group) of T tokens: token i at slot slots[i] of block entries[i]."""
-    stored = arena.view(TORCH_DTYPES[group.format.name])
+def write_tokens(
+    arena: Tensor, group: KVGroupSpec, layer_offset: int, entries: Tensor, slots: Tensor, k: Tensor, v: Tensor | None,
+    scales: Tensor | None = None,
+) -> None:  # fmt: skip
+    """Store k [T, K, D] and v [T, K, Dv] (None for a latent group) of T tokens: token i at slot slots[i] of block entries[i].
+
+    8-bit numbers are those nearest to x / scale, and at most the format's largest.
+    """
+    stored = arena.view(_BITS[group.format.element_bytes])
     base = (entries.long() * UNIT_BYTES + layer_offset) // group.format.element_bytes
     k_index, v_index = _element_index(group)
-    stored[base[:, None, None] + k_index[slots]] = k.to(stored.dtype)
-    if v is not None:
-        stored[base[:, None, None] + v_index[slots]] = v.to(stored.dtype)
+    for row, index, x in ((0, k_index, k), (1, v_index, v)):
+        if x is not None:
+            codes = _encode(x if scales is None else x / scales[row, :, None], group.format.name)
+            stored[base[:, None, None] + index[slots]] = codes.view(stored.dtype)
+
+
+def _encode(x: Tensor, name: str) -> Tensor:
+    return to_float8(x, name.removeprefix("fp8_")) if name.startswith("fp8_") else x.to(TORCH_DTYPES[name])

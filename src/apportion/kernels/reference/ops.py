@@ -2,24 +2,30 @@
 
 from __future__ import annotations
 
+import torch
 from torch import Tensor
 
-from apportion.kernels.ops import AttentionSpec, ExpertsSpec, LinearSpec, RouteSpec, SamplingRows
+from apportion.core.number_format import FLOATS
+from apportion.kernels.ops import AttentionSpec, ExpertsSpec, Linear, LinearSpec, RouteSpec, SamplingRows
 from apportion.kernels.reference import elementwise, sampling
 from apportion.kernels.reference.attention import ReferenceLatentAttention, ReferencePagedAttention
-from apportion.kernels.reference.linear import ReferenceExperts, ReferenceLinear
+from apportion.kernels.reference.linear import DequantizedLinear, ReferenceExperts, ReferenceLinear
 
 
 class ReferenceOps:
     """kernels/ops.Ops in plain torch."""
 
     name = "reference"
+    device = torch.device("cpu")
 
-    def linear(self, spec: LinearSpec) -> ReferenceLinear:
-        return ReferenceLinear(spec)
+    def recording(self) -> None:
+        """Torch's own calls cannot be kept."""
+
+    def linear(self, spec: LinearSpec) -> Linear:
+        return ReferenceLinear(spec) if spec.scheme in FLOATS else DequantizedLinear(spec, self.linear)
 
     def experts(self, spec: ExpertsSpec) -> ReferenceExperts:
-        return ReferenceExperts(spec)
+        return ReferenceExperts(spec, self.linear, self.silu_mul)
 
     def paged_attention(self, spec: AttentionSpec, arena: Tensor) -> ReferencePagedAttention:
         return ReferencePagedAttention(spec, arena)
@@ -46,6 +52,9 @@ class ReferenceOps:
 
     def sample(self, logits: Tensor, rows: SamplingRows) -> Tensor:
         return sampling.sample(logits, rows)
+
+    def apply_bitmask(self, logits: Tensor, rows: Tensor, masks: Tensor) -> None:
+        sampling.apply_bitmask(logits, rows, masks)
 
     def logprobs(self, logits: Tensor, token_ids: Tensor, top_n: int) -> tuple[Tensor, Tensor, Tensor, Tensor]:
         return sampling.logprobs(logits, token_ids, top_n)

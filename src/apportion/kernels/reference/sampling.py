@@ -6,6 +6,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from apportion.core.errors import InternalError
 from apportion.kernels.ops import SamplingRows
 
 _MULTIPLIERS = (np.uint64(0xD2511F53), np.uint64(0xCD9E8D57))
@@ -57,6 +58,14 @@ def _draw(logits: Tensor, temperature: float, top_k: int, top_p: float, min_p: f
         kept &= torch.zeros_like(kept).index_fill_(0, order, True)
     cumulative = torch.where(kept, mass, 0.0).cumsum(0)
     return int(torch.searchsorted(cumulative, u * cumulative[-1], right=True))
+
+
+def apply_bitmask(logits: Tensor, rows: Tensor, masks: Tensor) -> None:
+    size = logits.shape[1]
+    if masks.shape[1] * 8 < size:
+        raise InternalError(f"a mask of {masks.shape[1]} bytes does not cover a vocabulary of {size} tokens")
+    allowed = torch.from_numpy(np.unpackbits(masks.numpy(), axis=1, bitorder="little", count=size))
+    logits[rows.long()] = logits[rows.long()].masked_fill(allowed == 0, -torch.inf)
 
 
 def logprobs(logits: Tensor, token_ids: Tensor, top_n: int) -> tuple[Tensor, Tensor, Tensor, Tensor]:

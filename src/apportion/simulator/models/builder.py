@@ -25,9 +25,17 @@ class Builder:
         return self._tensor(f"{path}.weight", shape, self.dtype, "weight")
 
     def op(
-        self, path: str, kind: str, spec: str, *inputs: str, opaque: str = "", sizes: Mapping[str, int] | None = None, **attrs: Any
+        self,
+        path: str,
+        kind: str,
+        spec: str,
+        *inputs: str,
+        opaque: str = "",
+        sizes: Mapping[str, int] | None = None,
+        dtype: str | None = None,
+        **attrs: Any,
     ) -> str:
-        """Append one operator and return its output tensor, named by the path. sizes: extents of dims that no input has."""
+        """Append one operator and return its output tensor, named by the path. sizes: of dims that no input has; dtype: if another."""
         left, _, right = spec.partition("->")
         reads = [_names(part) for part in left.split(",")]
         extents = self._extents(path, inputs, reads, sizes or {})
@@ -39,7 +47,7 @@ class Builder:
             raise InvalidParameter(f"two operators have the path {path!r}")
         operands = tuple(Operand(tensor, names) for tensor, names in zip(inputs, reads, strict=True))
         self.model.ops[path] = Op(path, kind, dims, operands, (Operand(path, out),), attrs)
-        return self._tensor(path, tuple(extents[str(name)] for name in out), self.dtype, "activation")
+        return self._tensor(path, tuple(extents[str(name)] for name in out), dtype or self.dtype, "activation")
 
     def _extents(
         self, path: str, inputs: Sequence[str], reads: Sequence[tuple[str | None, ...]], sizes: Mapping[str, int]

@@ -6,6 +6,8 @@ Batch norm is a scale and a shift per channel: its statistics stay on the device
 
 from __future__ import annotations
 
+from typing import Any
+
 from apportion.core.errors import InvalidParameter
 from apportion.simulator.models.builder import Builder
 from apportion.simulator.ops import Model
@@ -29,7 +31,7 @@ class _Net:
         b, (_, channels, height, width) = self.b, self.shape(x)
         sizes = {"y": -(-height // stride), "x": -(-width // stride)}
         w = b.weight(f"{path}.conv", out, channels, kernel, kernel)
-        attrs = {"stride": stride, "padding": kernel // 2}
+        attrs: dict[str, Any] = {"stride": stride, "padding": kernel // 2}
         x = b.op(f"{path}.conv", "conv2d", "b c _ _, o c _ _ -> b o y x", x, w, opaque="y x", sizes=sizes, **attrs)
         scale, shift = b.weight(f"{path}.bn", out), b.weight(f"{path}.bn.shift", out)
         x = b.op(f"{path}.bn", "scale_shift", "b c y x, c, c -> b c y x", x, scale, shift, opaque="y x")
@@ -40,7 +42,7 @@ class _Net:
         if min(height, width) + 2 * padding < kernel:
             raise InvalidParameter(f"pooling window {kernel} of {path!r} is larger than its {height} x {width} image")
         sizes = {n: (size + 2 * padding - kernel) // stride + 1 for n, size in (("y", height), ("x", width))}
-        attrs = {"kernel": kernel, "stride": stride, "padding": padding}
+        attrs: dict[str, Any] = {"kernel": kernel, "stride": stride, "padding": padding}
         return self.b.op(path, kind, "b c _ _ -> b c y x", x, opaque="y x", sizes=sizes, **attrs)
 
     def classify(self, x: str) -> Model:

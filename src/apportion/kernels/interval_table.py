@@ -1,0 +1,128 @@
+"""Measured choices among the implementations of a linear: for each format and shape, intervals of tokens and what won in them.
+
+One JSON file for each device in kernels/tables/dispatch, written by `python3 scripts/gpu linear`. A shape without a row has no choice: who
+asks takes the library, and says so once.
+"""
+
+from __future__ import annotations
+
+import json
+import logging
+from bisect import bisect_right
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from importlib.resources import files
+from typing import Any
+
+from apportion.core.errors import InvalidParameter
+
+logger = logging.getLogger(__name__)
+
+FORMAT = "apportion linear dispatch 1"
+NOISE = 0.03  # of the time: a smaller win over the library is none
+
+
+@dataclass(frozen=True, slots=True)
+class Choice:
+    """kernel: 'library' or 'flat', the latter with an index into the tiles and a number of splits."""
+
+    kernel: str
+    tile: int = 0
+    splits: int = 1
+
+
+LIBRARY = Choice("library")
+
+
+@dataclass(frozen=True, slots=True)
+class Intervals:
+    """choices[i] holds from breaks[i] tokens on, to breaks[i + 1]; breaks[0] is 1. us: {tokens: {what was measured: microseconds}}."""
+
+    breaks: tuple[int, ...]
+    choices: tuple[Choice, ...]
+    us: Mapping[str, Mapping[str, float]]
+
+    def at(self, num_tokens: int) -> Choice:
+        return self.choices[bisect_right(self.breaks, num_tokens) - 1]
+
+    @classmethod
+    def of(cls, measured: Sequence[tuple[int, float, float, Choice]]) -> Intervals:
+        """From (tokens, microseconds of the library, of the best other, that other), tokens rising; the library beyond the last.
+
+        A win must exceed the noise. Errors: InvalidParameter where nothing was measured.
+        """
+        if not measured:
+            raise InvalidParameter("a table of intervals needs at least one measurement")
+        breaks, choices, us = [], [], {}
+        for tokens, library, other, choice in measured:
+            us[str(tokens)] = {"library": library, choice.kernel: other}
+            best = choice if other < library * (1 - NOISE) else LIBRARY
+            if not choices or choices[-1] != best:
+                breaks.append(tokens if breaks else 1)
+                choices.append(best)
+        if choices[-1] != LIBRARY:
+            breaks.append(measured[-1][0] + 1)
+            choices.append(LIBRARY)
+        return cls(tuple(breaks), tuple(choices), us)
+
+
+@dataclass(frozen=True, slots=True)
+class IntervalTable:
+    """rows: (scheme, out_features, in_features) -> Intervals. versions: of the libraries that it was measured with."""
+
+    device: str
+    versions: Mapping[str, str]
+    rows: Mapping[tuple[str, int, int], Intervals]
+
+    def explain(self, scheme: str, n: int, c: int, num_tokens: int) -> str:
+        """The measured row of a product, in words."""
+        found = self.rows.get((scheme, n, c))
+        if found is None:
+            return f"{scheme} {n} x {c} was not measured on {self.device}: the library multiplies"
+        nearest = min(found.us, key=lambda tokens: abs(int(tokens) - num_tokens))
+        times = ", ".join(f"{name} {us:.1f} us" for name, us in found.us[nearest].items())
+        return f"{scheme} {n} x {c} at {num_tokens} tokens: {found.at(num_tokens)}; measured at {nearest} tokens on {self.device}: {times}"
+
+    def as_dict(self) -> dict[str, Any]:
+        rows = [
+            {
+                "scheme": scheme, "n": n, "c": c, "breaks": list(row.breaks),
+                "choices": [[choice.kernel, choice.tile, choice.splits] for choice in row.choices], "us": row.us,
+            }
+            for (scheme, n, c), row in self.rows.items()
+        ]  # fmt: skip
+        return {"format": FORMAT, "device": self.device, "versions": dict(self.versions), "rows": rows}
+
+    @classmethod
+    def from_dict(cls, data: Mapping[str, Any], device: str) -> IntervalTable:
+        """Errors: InvalidParameter for another format, or for a table of another device."""
+        if data.get("format") != FORMAT:
+            raise InvalidParameter(f"a dispatch table has the format {FORMAT!r}, not {data.get('format')!r}")
+        if data["device"] != device:
+            raise InvalidParameter(
+                f"a dispatch table of {data['device']} was given for {device}; measure with `python3 scripts/gpu linear`"
+            )
+        rows = {
+            (row["scheme"], row["n"], row["c"]): Intervals(
+                tuple(row["breaks"]), tuple(Choice(*choice) for choice in row["choices"]), row["us"]
+            )
+            for row in data["rows"]
+        }
+        return cls(device, data["versions"], rows)
+
+
+def shipped(device: str, versions: Mapping[str, str]) -> IntervalTable:
+    """The table of `device` (a name as `device_slug` spells it), empty where none was measured; another version of a library is said."""
+    path = files("apportion.kernels").joinpath(f"tables/dispatch/{device}.json")
+    if not path.is_file():
+        return IntervalTable(device, versions, {})
+    table = IntervalTable.from_dict(json.loads(path.read_text()), device)
+    for name, version in versions.items():
+        if table.versions.get(name) != version:
+            logger.warning("the dispatch table of %s was measured with %s %s, this is %s", device, name, table.versions.get(name), version)
+    return table
+
+
+def device_slug(name: str) -> str:
+    """'NVIDIA H200' -> 'nvidia-h200'."""
+    return "-".join("".join(c if c.isalnum() else " " for c in name.lower()).split())

@@ -1,0 +1,294 @@
+"""Paged and latent attention on a GPU: the step's metadata in static device buffers, then the kernels of attention_kernels.
+
+Requests with one row (decode) go to programs that share their context in splits, all others to tiles of rows. Nothing reads the device.
+"""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+import torch
+import triton
+from torch import Tensor
+
+from apportion.core.errors import Unsupported
+from apportion.core.kv_spec import KVGroupSpec
+from apportion.kernels.ops import AttentionSpec
+from apportion.kernels.reference.number_formats import TORCH_DTYPES
+from apportion.kernels.triton import attention_kernels as kernels
+from apportion.kernels.triton.device import num_multiprocessors
+from apportion.kernels.triton.tiles import Tile
+
+TRITON_DTYPES = {"float32": triton.language.float32, "bfloat16": triton.language.bfloat16, "float16": triton.language.float16}
+SPLIT_LEN = 256  # tokens: a shorter part is not worth its sum
+MAX_SPLITS = 32
+STAGES = 3  # host buffers of metadata in turn: more than the steps that can be in flight
+
+
+@dataclass(slots=True)
+class Plan:
+    """One step on the device, int32. starts [R+1], seq_lens [R], request_of [T] (-1: padding), table [R, W], decode [R, 2] and tiles
+    [N, 2]: (request, first of its rows), -1 where there is nothing to do. num_decode: 0 or R. num_tokens: rows of the step."""
+
+    starts: Tensor
+    seq_lens: Tensor
+    request_of: Tensor
+    table: Tensor
+    decode: Tensor
+    tiles: Tensor
+    num_decode: int
+    num_tokens: int
+
+
+class Metadata:
+    """Device memory that every step's metadata is copied into, in one piece, at places that depend on its sizes alone: what a graph needs.
+
+    generation: grows whenever the memory moved, so that graphs over it must be made again.
+    """
+
+    def __init__(self, device: torch.device) -> None:
+        self.generation = 0
+        self._device = device
+        self._on_device = torch.empty(0, dtype=torch.int32, device=device)
+        self._on_host: list[Tensor] = []
+        self._turn = 0
+
+    def upload(self, parts: list[np.ndarray]) -> list[Tensor]:
+        """Copies of int32 arrays on the device, valid until the next call."""
+        starts = [0]
+        for part in parts:
+            starts.append(starts[-1] + -(-part.size // 4) * 4)
+        if starts[-1] > len(self._on_device):
+            size = 1 << (starts[-1] - 1).bit_length()
+            self._on_device = torch.empty(size, dtype=torch.int32, device=self._device)
+            pinned = self._device.type == "cuda"
+            self._on_host = [torch.empty(size, dtype=torch.int32, pin_memory=pinned) for _ in range(STAGES)]
+            self.generation += 1
+        self._turn = (self._turn + 1) % STAGES
+        host = self._on_host[self._turn]
+        view = host.numpy()
+        for part, start in zip(parts, starts[:-1], strict=True):
+            view[start : start + part.size] = part.ravel()
+        self._on_device[: starts[-1]].copy_(host[: starts[-1]], non_blocking=True)
+        return [self._on_device[start : start + part.size].view(part.shape) for part, start in zip(parts, starts[:-1], strict=True)]
+
+
+def plan_step(
+    metadata: Metadata, tile_tokens: int, query_start_loc: Tensor, seq_lens: Tensor, block_table: Tensor, num_requests: int, num_tokens: int
+) -> Plan:
+    """tile_tokens: rows of one request that a program of the prefill kernel takes. The tensors lie on the host."""
+    starts = query_start_loc[: num_requests + 1].numpy()
+    counts = np.diff(starts)
+    request_of = np.full(num_tokens, -1, np.int32)
+    request_of[: starts[-1]] = np.repeat(np.arange(num_requests, dtype=np.int32), counts)
+    decode = np.zeros((num_requests, 2), np.int32)
+    decode[:, 0] = np.where(counts == 1, np.arange(num_requests), -1)
+    longer = np.flatnonzero(counts > 1).astype(np.int32)
+    num_tiles = -(-counts[longer] // tile_tokens)
+    tiles = np.zeros((int(num_tiles.sum()), 2), np.int32)
+    tiles[:, 0] = np.repeat(longer, num_tiles)
+    tiles[:, 1] = (np.arange(len(tiles)) - np.repeat(np.cumsum(num_tiles) - num_tiles, num_tiles)) * tile_tokens
+    table = block_table[:num_requests].numpy()
+    parts = [starts, seq_lens[:num_requests].numpy(), request_of, table, decode, tiles]
+    return Plan(*metadata.upload(parts), num_decode=num_requests if (counts == 1).any() else 0, num_tokens=num_tokens)
+
+
+def choose_splits(programs: int, max_context: int, multiprocessors: int) -> int:
+    """Parts of the context that give the chip about two programs a multiprocessor."""
+    return max(1, min(MAX_SPLITS, triton.cdiv(2 * multiprocessors, programs), triton.cdiv(max_context, SPLIT_LEN)))
+
+
+def _check(spec: AttentionSpec, arena: Tensor) -> None:
+    kv = spec.kv
+    if kv.format.name not in TRITON_DTYPES:
+        raise Unsupported(f"KV in {kv.format.name} has no Triton kernel; kv_cache_dtype can be {', '.join(TRITON_DTYPES)}")
+    if kv.head_dim > (1024 if kv.latent else 256) or kv.v_head_dim > (512 if kv.latent else 256):
+        raise Unsupported(f"Triton attention takes heads of at most 256 channels (latents of 512), got {kv.head_dim} and {kv.v_head_dim}")
+    if not kv.latent and (kv.head_dim % kv.format.lanes or kv.v_head_dim % kv.format.lanes):
+        raise Unsupported(f"Triton attention in {kv.format.name} takes head dimensions that are multiples of {kv.format.lanes}")
+    if spec.num_heads % kv.num_kv_heads:
+        raise Unsupported(f"{spec.num_heads} query heads cannot share {kv.num_kv_heads} kv heads evenly")
+    if spec.rotary_dim % 2 or spec.rotary_dim > kv.head_dim:
+        raise Unsupported(f"rotary_dim must be even and at most head_dim ({kv.head_dim}), got {spec.rotary_dim}")
+    if arena.dtype != torch.uint8 or not arena.is_contiguous() or arena.data_ptr() % 16:
+        raise Unsupported("the KV arena must be contiguous uint8 and aligned to 16 bytes")
+
+
+class _Planned:
+    """What both kinds share: the arena seen as words and as numbers, and the metadata of a step."""
+
+    def __init__(self, spec: AttentionSpec, arena: Tensor, decode_tile: Tile, prefill_tile: Tile) -> None:
+        _check(spec, arena)
+        self.spec = spec
+        self.decode_tile, self.prefill_tile = decode_tile, prefill_tile
+        self.metadata = Metadata(arena.device)
+        self._group: KVGroupSpec = spec.kv
+        self._per_kv_head = spec.num_heads // spec.kv.num_kv_heads
+        self._numbers = arena.view(TORCH_DTYPES[spec.kv.format.name])
+        self._words = arena.view(torch.float32 if spec.kv.format.lanes == 1 else torch.int32)
+        self._scale = spec.scale * math.log2(math.e)
+        self._multiprocessors = num_multiprocessors(arena.device)
+
+    @property
+    def generation(self) -> int:
+        return self.metadata.generation
+
+    def _heads(self, tile: Tile) -> int:
+        """Query heads that a program takes: all that share a kv head, as far as they fit."""
+        return min(self._per_kv_head, tile.rows)
+
+    def plan(
+        self, query_start_loc: Tensor, seq_lens: Tensor, block_table: Tensor, num_requests: int, num_tokens: int, handle: Any = None
+    ) -> Plan:
+        """A plan of the same sizes as the last lies where that did, whether `handle` gives it or not: graphs need no more."""
+        tile_tokens = self.prefill_tile.rows // self._heads(self.prefill_tile)
+        return plan_step(self.metadata, tile_tokens, query_start_loc, seq_lens, block_table, num_requests, num_tokens)
+
+    def _shape(self, plan: Plan, tile: Tile) -> tuple[int, int]:
+        """(programs beside the items: kv heads times blocks of heads, splits of a decode step)"""
+        blocks = self._group.num_kv_heads * triton.cdiv(self._per_kv_head, self._heads(tile))
+        context = plan.table.shape[1] * self._group.block_size
+        context = context if self._group.sliding_window is None else min(context, self._group.sliding_window)
+        return blocks, choose_splits(max(1, plan.num_decode) * blocks, context, self._multiprocessors)
+
+    def _parts(self, plan: Plan, splits: int) -> tuple[Tensor, Tensor]:
+        shape = (plan.num_decode, self.spec.num_heads, splits)
+        sums = torch.empty((*shape, self._group.v_head_dim), dtype=torch.float32, device=self._words.device)
+        return sums, torch.empty((*shape, 2), dtype=torch.float32, device=self._words.device)
+
+    def _combine(self, plan: Plan, parts: Tensor, marks: Tensor, out: Tensor, splits: int) -> None:
+        kernels.combine_kernel[(plan.num_decode, self.spec.num_heads)](
+            parts, marks, plan.decode, plan.starts, out, out.stride(0),
+            HEADS=self.spec.num_heads, DV=self._group.v_head_dim, SPLITS=splits, BLOCK=triton.next_power_of_2(self._group.v_head_dim),
+            num_warps=2,
+        )  # fmt: skip
+
+
+class PagedAttention(_Planned):
+    """kernels/ops.PagedAttention. `unify` turns the softmax of a layer into that of FlashDecoding++."""
+
+    def __init__(self, spec: AttentionSpec, arena: Tensor, decode_tile: Tile, prefill_tile: Tile) -> None:
+        super().__init__(spec, arena, decode_tile, prefill_tile)
+        kv = spec.kv
+        self._phi: dict[int, Tensor] = {}
+        self.recomputed = torch.zeros(1, dtype=torch.int32, device=arena.device)
+        lanes, padded = kv.format.lanes, triton.next_power_of_2
+        self._shapes: dict[str, Any] = {
+            "D": kv.head_dim, "DV": kv.v_head_dim, "K_HEADS": kv.num_kv_heads, "GROUP": self._per_kv_head, "LANES": lanes,
+            "BLOCK_SIZE": kv.block_size, "WINDOW": kv.sliding_window or 0, "ROWS": max(16, padded(-(-kv.head_dim // lanes))),
+            "COLUMNS": max(16, padded(kv.v_head_dim)), "dtype": TRITON_DTYPES[kv.format.name],
+        }  # fmt: skip
+
+    def unify(self, layer_offset: int, phi_H: Tensor | None) -> None:
+        """Decode steps of this layer take phi (in base 2: log2(e) times a score) as the maximum of each head's scores; None: online again.
+
+        Rows whose scores lie too far above or below are computed again, online; `recomputed` counts them.
+        """
+        if phi_H is None:
+            self._phi.pop(layer_offset, None)
+        else:
+            self._phi[layer_offset] = phi_H.to(device=self._words.device, dtype=torch.float32).contiguous()
+
+    def write(
+        self,
+        layer_offset: int,
+        qkv: Tensor,
+        positions: Tensor,
+        cos_sin: Tensor,
+        handle: Plan,
+        q_norm: Tensor | None = None,
+        k_norm: Tensor | None = None,
+        scales: Tensor | None = None,
+    ) -> None:
+        kv, plan, half, padded = self._group, handle, self.spec.rotary_dim // 2, triton.next_power_of_2
+        normalized = self.spec.qk_norm_eps is not None and q_norm is not None and k_norm is not None
+        if not plan.num_tokens:
+            return
+        kernels.write_kernel[(plan.num_tokens, self.spec.num_heads + 2 * kv.num_kv_heads)](
+            qkv, qkv.stride(0), cos_sin, self._numbers, layer_offset, plan.request_of, plan.starts, plan.seq_lens, plan.table,
+            plan.table.stride(0), q_norm if normalized else cos_sin, k_norm if normalized else cos_sin, self.spec.qk_norm_eps or 0.0,
+            Q_HEADS=self.spec.num_heads, K_HEADS=kv.num_kv_heads, D=kv.head_dim, DV=kv.v_head_dim, HALF=half,
+            INTERLEAVED=self.spec.interleaved, NORM=normalized, LANES=kv.format.lanes, BLOCK_SIZE=kv.block_size,
+            BLOCK=padded(max(1, half)), REST=padded(max(kv.v_head_dim, kv.head_dim - 2 * half)), num_warps=1,
+        )  # fmt: skip
+
+    def run(self, layer_offset: int, qkv: Tensor, out: Tensor, handle: Plan, scales: Tensor | None = None) -> Tensor:
+        plan = handle
+        if plan.num_decode:
+            self._decode(layer_offset, qkv, out, plan)
+        if len(plan.tiles):
+            grid = (len(plan.tiles), self._shape(plan, self.prefill_tile)[0], 1)
+            kernels.paged_kernel[grid](
+                *self._inputs(layer_offset, qkv, plan, plan.tiles, out), out, out.stride(0), out,
+                **self._shapes, **self._cut(self.prefill_tile), PARTIAL=False, SPLITS=1, UNIFIED=False,
+            )  # fmt: skip
+        return out
+
+    def _decode(self, layer_offset: int, qkv: Tensor, out: Tensor, plan: Plan) -> None:
+        blocks, splits = self._shape(plan, self.decode_tile)
+        parts, marks = self._parts(plan, splits)
+        phi, cut = self._phi.get(layer_offset), self._cut(self.decode_tile)
+        kernels.paged_kernel[(plan.num_decode, blocks, splits)](
+            *self._inputs(layer_offset, qkv, plan, plan.decode, marks if phi is None else phi), parts, 0, marks,
+            **self._shapes, **cut, PARTIAL=True, SPLITS=splits, UNIFIED=phi is not None,
+        )  # fmt: skip
+        if phi is None:
+            self._combine(plan, parts, marks, out, splits)
+            return
+        kernels.unified_combine_kernel[(plan.num_decode, blocks)](
+            parts, marks, qkv, qkv.stride(0), self._words, layer_offset // 4, plan.decode, plan.starts, plan.seq_lens, plan.table,
+            plan.table.stride(0), self._scale, out, out.stride(0), self.recomputed, **self._shapes, **cut, SPLITS=splits,
+        )  # fmt: skip
+
+    def _inputs(self, layer_offset: int, qkv: Tensor, plan: Plan, items: Tensor, phi: Tensor) -> tuple[Any, ...]:
+        return (
+            qkv, qkv.stride(0), self._words, layer_offset // 4, items, plan.starts, plan.seq_lens, plan.table, plan.table.stride(0), phi,
+            self._scale,
+        )  # fmt: skip
+
+    def _cut(self, tile: Tile) -> dict[str, int]:
+        return {"HEADS": self._heads(tile), "BLOCK_M": tile.rows, "BLOCK_N": tile.n, **tile.launch}
+
+
+class LatentAttention(_Planned):
+    """kernels/ops.LatentAttention."""
+
+    def write(self, layer_offset: int, latent: Tensor, handle: Plan, scales: Tensor | None = None) -> None:
+        kv, plan = self._group, handle
+        if plan.num_tokens:
+            kernels.write_latent_kernel[(plan.num_tokens,)](
+                latent, latent.stride(0), self._numbers, layer_offset, plan.request_of, plan.starts, plan.seq_lens, plan.table,
+                plan.table.stride(0), D=kv.head_dim, LANES=kv.format.lanes, BLOCK_SIZE=kv.block_size,
+                BLOCK=triton.next_power_of_2(kv.head_dim), num_warps=2,
+            )  # fmt: skip
+
+    def _heads(self, tile: Tile) -> int:
+        return min(self._per_kv_head, 16)
+
+    def run(self, layer_offset: int, q: Tensor, out: Tensor, handle: Plan, scales: Tensor | None = None) -> Tensor:
+        plan = handle
+        flat_out = out.flatten(1)
+        if plan.num_decode:
+            _, splits = self._shape(plan, self.decode_tile)
+            parts, marks = self._parts(plan, splits)
+            self._launch(layer_offset, q, plan, plan.decode, self.decode_tile, (parts, 0, marks), splits)
+            self._combine(plan, parts, marks, flat_out, splits)
+        if len(plan.tiles):
+            self._launch(layer_offset, q, plan, plan.tiles, self.prefill_tile, (flat_out, flat_out.stride(0), flat_out), 0)
+        return out
+
+    def _launch(
+        self, layer_offset: int, q: Tensor, plan: Plan, items: Tensor, tile: Tile, outputs: tuple[Tensor, int, Tensor], splits: int
+    ) -> None:
+        """splits 0: no parts, straight into out."""
+        kv, columns = self._group, max(16, triton.next_power_of_2(self._group.v_head_dim))
+        kernels.latent_kernel[(len(items), self._shape(plan, tile)[0], max(1, splits))](
+            q, q.stride(0), q.stride(1), self._words, layer_offset // 4, items, plan.starts, plan.seq_lens, plan.table,
+            plan.table.stride(0), self._scale, *outputs, D=kv.head_dim, DV=kv.v_head_dim, GROUP=self._per_kv_head, LANES=kv.format.lanes,
+            BLOCK_SIZE=kv.block_size, HEADS=self._heads(tile), BLOCK_M=tile.rows, BLOCK_N=tile.n,
+            COLUMNS=columns, CHUNK=min(128, columns), ROPE=max(16, triton.next_power_of_2(kv.head_dim - kv.v_head_dim)),
+            PARTIAL=splits > 0, SPLITS=max(1, splits), dtype=TRITON_DTYPES[kv.format.name], **tile.launch,
+        )  # fmt: skip

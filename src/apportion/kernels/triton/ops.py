@@ -1,0 +1,67 @@
+"""The Triton operators as one set: our kernels where the project's subject is, the library's where it is not."""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Callable
+
+import torch
+from torch import Tensor
+
+from apportion.core.number_format import FLOATS
+from apportion.kernels.interval_table import LIBRARY, Choice, IntervalTable
+from apportion.kernels.ops import AttentionSpec, ExpertsSpec, LinearSpec
+from apportion.kernels.triton import elementwise, sampling
+from apportion.kernels.triton.attention import LatentAttention, PagedAttention
+from apportion.kernels.triton.experts import GroupedExperts
+from apportion.kernels.triton.linear import TritonLinear, refuse_quantized
+from apportion.kernels.triton.tiles import Tiles
+
+logger = logging.getLogger(__name__)
+
+
+class TritonOps:
+    """kernels/ops.Ops. interpreted: on the CPU, by Triton's interpreter, every product by our own kernels: for tests.
+
+    shared_bytes: the largest shared memory of a block. table: which linears the library multiplies (those without a
+    row too); None: none.
+    """
+
+    name = "triton"
+
+    def __init__(self, interpreted: bool, device: torch.device, shared_bytes: int, table: IntervalTable | None = None) -> None:
+        self.device = device
+        self._told: set[str] = set()
+        self._table = None if interpreted else table
+        self.tiles = Tiles().within(shared_bytes)
+        self.rms_norm, self.add_rms_norm, self.silu_mul = elementwise.rms_norm, elementwise.add_rms_norm, elementwise.silu_mul
+        self.rotate, self.route = elementwise.rotate, elementwise.route
+        self.sample, self.logprobs, self.apply_bitmask = sampling.sample, sampling.logprobs, sampling.apply_bitmask
+
+    def recording(self) -> None:
+        """A GPU's steps are kept as graphs (platforms/platform)."""
+        return None
+
+    def linear(self, spec: LinearSpec) -> TritonLinear:
+        refuse_quantized(spec.scheme, FLOATS)
+        return TritonLinear(spec, self.tiles.flat, self._choose(spec))
+
+    def _choose(self, spec: LinearSpec) -> Callable[[int], Choice] | None:
+        if self._table is None:
+            return None
+        found = self._table.rows.get((spec.scheme, spec.out_features, spec.in_features))
+        if found is not None:
+            return found.at
+        if self._table.device not in self._told:
+            self._told.add(self._table.device)
+            logger.info("kernels: %s", self._table.explain(spec.scheme, spec.out_features, spec.in_features, 1))
+        return lambda num_tokens: LIBRARY
+
+    def experts(self, spec: ExpertsSpec) -> GroupedExperts:
+        return GroupedExperts(spec, self.tiles.experts[0])
+
+    def paged_attention(self, spec: AttentionSpec, arena: Tensor) -> PagedAttention:
+        return PagedAttention(spec, arena, self.tiles.decode[0], self.tiles.prefill[0])
+
+    def latent_attention(self, spec: AttentionSpec, arena: Tensor) -> LatentAttention:
+        return LatentAttention(spec, arena, self.tiles.latent_decode[0], self.tiles.latent_prefill[0])

@@ -1,0 +1,82 @@
+"""FlashDecoding++ (arXiv:2311.01282, section 3): softmax under a fixed maximum is exact where scores stay in range, and where they do not
+the rows, and only those, are computed again inside the same call."""
+
+from importlib.util import find_spec
+
+import pytest
+import torch
+
+from apportion.core.kv_spec import KVGroupSpec, kv_format
+from apportion.kernels.ops import AttentionSpec
+from apportion.kernels.reference.attention import ReferencePagedAttention
+from apportion.kernels.reference.formats import read_blocks
+
+pytestmark = pytest.mark.skipif(not find_spec("triton") or torch.cuda.is_available(), reason="needs Triton and its interpreter")
+HEADS, LENS = 4, (300, 1, 40)
+GROUP = KVGroupSpec((0,), 2, 16, 16, kv_format("float32"), 32)
+SPEC = AttentionSpec(HEADS, GROUP, 0.25, 16)
+
+
+def in_float64(attention, qkv):
+    """Every request by itself, over what its blocks hold."""
+    rows = []
+    for row, length in enumerate(LENS):
+        entries = attention.table[row, : -(-length // 32)]
+        k, v = (x[:length].double() for x in read_blocks(attention.arena, GROUP, 0, entries))
+        q = qkv[row, : HEADS * 16].double().view(2, 2, 16)
+        scores = torch.einsum("kgd,skd->kgs", q, k) * SPEC.scale
+        rows.append(torch.einsum("kgs,skd->kgd", scores.softmax(-1), v).flatten())
+    return torch.stack(rows)
+
+
+@pytest.fixture(scope="module")
+def step():
+    """(triton's attention, its plan, queries [3, C], what the reference makes of a qkv)"""
+    from apportion.kernels.triton.ops import TritonOps
+
+    blocks = [-(-n // 32) for n in LENS]
+    table = torch.full((3, max(blocks)), -1, dtype=torch.int32)
+    order = torch.randperm(sum(blocks), generator=torch.Generator().manual_seed(1)).int() * (GROUP.block_bytes // 256)
+    for row, (first, count) in enumerate(zip((0, blocks[0], blocks[0] + blocks[1]), blocks, strict=True)):
+        table[row, :count] = order[first : first + count]
+    generator = torch.Generator().manual_seed(2)
+    arena = torch.randn(sum(blocks) * GROUP.block_bytes // 4, generator=generator).view(torch.uint8)
+    qkv = torch.randn(3, 8 * 16, generator=generator)
+    inputs = torch.arange(4).int(), torch.tensor(LENS).int(), table, 3, 3
+    attention = TritonOps(True, torch.device("cpu"), 1 << 20).paged_attention(SPEC, arena)
+    attention.table, attention.arena = table, arena
+    oracle = ReferencePagedAttention(SPEC, arena)
+    return attention, attention.plan(*inputs), qkv, lambda x: oracle.run(0, x, torch.empty(3, HEADS * 16), oracle.plan(*inputs))
+
+
+@pytest.mark.parametrize(
+    ("phi", "gain", "recomputed"),
+    [
+        ([0.0] * HEADS, 1.0, 0),
+        ([3.0, -2.0, 5.0, 0.0], 1.0, 0),
+        ([200.0] * HEADS, 1.0, 3 * HEADS),  # every sum underflows
+        ([-200.0] * HEADS, 1.0, 3 * HEADS),  # every score is too high
+        ([0.0, -200.0, 0.0, 200.0], 1.0, 6),  # two heads of each request
+        ([0.0] * HEADS, 1e4, None),  # logits of thousands: all where one key stands out
+    ],
+)
+def test_rows_out_of_range_are_computed_again(step, phi, gain, recomputed):
+    attention, plan, qkv, oracle = step
+    x = qkv.clone()
+    x[:, : HEADS * 16] *= gain
+    attention.unify(0, torch.tensor(phi))
+    attention.recomputed.zero_()
+    out = attention.run(0, x, torch.full((3, HEADS * 16), torch.nan), plan)
+    torch.testing.assert_close(out, oracle(x), rtol=2e-5, atol=2e-5)
+    count = int(attention.recomputed)
+    assert count == recomputed if recomputed is not None else count > 0
+
+
+def test_the_error_is_that_of_the_online_softmax(step):
+    """Against float64, within a rounding of the sum."""
+    attention, plan, qkv, _ = step
+    exact, errors = in_float64(attention, qkv), []
+    for phi in (None, torch.full((HEADS,), 2.0)):
+        attention.unify(0, phi)
+        errors.append((attention.run(0, qkv, torch.empty(3, HEADS * 16), plan).double() - exact).abs().max())
+    assert errors[1] <= errors[0] + 2**-22
