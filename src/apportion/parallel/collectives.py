@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import weakref
 from datetime import timedelta
 
 import torch
@@ -26,14 +27,16 @@ class GlooCollectives:
         try:
             store = dist.FileStore(store_path, size)
             store.set_timeout(timedelta(seconds=timeout_s))
-            self._group = dist.ProcessGroupGloo(store, rank, size, options)
+            self._groups = [dist.ProcessGroupGloo(store, rank, size, options)]
         except RuntimeError as error:
             raise self._lost("joining the group", error) from error
+        # A group that outlives the interpreter's end aborts the process: its threads are joined before.
+        weakref.finalize(self, self._groups.clear)
 
     def all_reduce(self, x: Tensor) -> Tensor:
         """Sum over ranks, in place. Every rank receives the same bytes."""
         try:
-            self._group.allreduce([x]).wait()
+            self._groups[0].allreduce([x]).wait()
         except RuntimeError as error:
             raise self._lost("all_reduce", error) from error
         return x
@@ -42,7 +45,7 @@ class GlooCollectives:
         """The tensors of all ranks, in rank order; they have one shape."""
         gathered = [torch.empty_like(x) for _ in range(self.size)]
         try:
-            self._group.allgather([gathered], [x]).wait()
+            self._groups[0].allgather([gathered], [x]).wait()
         except RuntimeError as error:
             raise self._lost("all_gather", error) from error
         return gathered
