@@ -9,7 +9,9 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import jinja2
+from markupsafe import Markup
 
+from apportion.assets import REPORT_CSS
 from apportion.bench.serving_metrics import METRICS
 from apportion.core.errors import InvalidParameter
 
@@ -117,6 +119,7 @@ def write_report(results: Sequence[dict[str, Any]], plots: dict[str, tuple[bytes
         TEMPLATE.read_text(encoding="utf-8")
     )
     page = template.render(
+        css=Markup(REPORT_CSS.read_text(encoding="utf-8")),
         results=results,
         headlines=[dict(headline(result)) for result in results],
         warnings=[(result["label"], warning) for result in results for warning in warnings(result)],

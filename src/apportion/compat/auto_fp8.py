@@ -7,7 +7,8 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from apportion.compress.quantize import Recipe, quantize_checkpoint
+from apportion.compress.quantize import quantize_checkpoint
+from apportion.compress.recipe import Recipe
 from apportion.core.errors import InvalidParameter
 
 
@@ -61,5 +62,7 @@ class AutoFP8ForCausalLM:
         if self._tokens is None:
             raise InvalidParameter("call quantize() before save_quantized()")
         static, kv_cache = self.config.activation_scheme == "static", self.config.kv_cache_quant_targets is not None
-        recipe = Recipe("fp8_static" if static else "fp8", "rtn", ("lm_head", *self.config.ignore_patterns), "fp8", kv_cache)
+        recipe = Recipe.of(
+            "fp8_static" if static else "fp8", ignore=("lm_head", *self.config.ignore_patterns), family="fp8", kv_cache=kv_cache
+        )
         quantize_checkpoint(self._model, Path(save_dir), recipe, self._tokens)

@@ -31,6 +31,13 @@ class InputStatistics:
         self.mean_abs += (x.abs() * weights[:, None]).sum(0).double()
         self.largest = torch.maximum(self.largest, x.abs().amax(0))
 
+    def divide(self, scale: Tensor) -> None:
+        """As if every input had been divided by `scale` [C]."""
+        self.largest /= scale
+        self.mean_abs /= scale.double()
+        if self.hessian is not None:
+            self.hessian /= scale.double().outer(scale.double())
+
     def mean_hessian(self, pooled: InputStatistics | None = None) -> Tensor:
         """H / sum of weights [C, C]. With `pooled` (all experts' tokens) drawn towards its mean the more, the fewer tokens there were:
         as if C tokens of the pool had been seen besides, so that an expert that no token reached has the pool's."""

@@ -4,8 +4,9 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import partial
+from itertools import accumulate
 from typing import Any, cast
 
 import torch
@@ -18,6 +19,8 @@ from apportion.layers.linear import Linear
 from apportion.layers.moe import Experts, MixtureOfExperts
 from apportion.models.decoder import Decoder, DecoderLayer
 from apportion.models.loader import LoadedModel
+
+BATCH_TOKENS = 2048  # of one forward pass
 
 
 @dataclass(frozen=True, slots=True)
@@ -58,37 +61,60 @@ class Walk:
     """The hidden states of calibration sequences before the layer that comes next. weights: of each token, ones unless given."""
 
     def __init__(self, loaded: LoadedModel, tokens: Sequence[Sequence[int]], weights: Sequence[Sequence[float]] | None = None) -> None:
-        self.model = cast(Decoder, loaded.model)
-        self.spec = loaded.spec
-        groups = self.spec.kv_groups("auto", 32)
-        self._backends = bind_dense_attention(self.model, self.model.site, groups, max(map(len, tokens)))
-        self._residuals = [self.model.embed_tokens.embed(torch.tensor(row, dtype=torch.int32)).clone() for row in tokens]
-        self._deltas: list[Tensor | None] = [None] * len(tokens)
-        self._weights = [torch.ones(len(row)) for row in tokens] if weights is None else [torch.tensor(row) for row in weights]
-
-    @property
-    def layers(self) -> list[DecoderLayer]:
-        return [cast(DecoderLayer, layer) for layer in self.model.layers]
+        model, spec = cast(Decoder, loaded.model), loaded.spec
+        self._spec = spec
+        self._backends = bind_dense_attention(model, model.site, spec.kv_groups("auto", 32), max(map(len, tokens)))
+        each = [[1.0] * len(row) for row in tokens] if weights is None else weights
+        self._batches = [_Batch.of(rows, model.embed_tokens.embed) for rows in _batches(list(zip(tokens, each, strict=True)))]
 
     def observe(self, layer: DecoderLayer, hessian: bool, matrix: Callable[[str], Tensor]) -> Observations:
         """Run the layer over everything, going nowhere. matrix(name): the weights of an expert's gate and up."""
         seen = Observations(hessian, matrix)
-        with seen.watching(layer, self.spec):
-            for residual, delta, weights in zip(self._residuals, self._deltas, self._weights, strict=True):
-                seen.weights = weights
-                self._run(layer, delta, residual.clone())
+        with seen.watching(layer, self._spec):
+            for batch in self._batches:
+                seen.weights = batch.weights
+                self._run(layer, batch, batch.residual.clone())
         return seen
 
     def advance(self, layer: DecoderLayer) -> None:
         """Go on to behind the layer, as it computes now."""
-        for i, (residual, delta) in enumerate(zip(self._residuals, self._deltas, strict=True)):
-            self._deltas[i] = self._run(layer, delta, residual)
+        for batch in self._batches:
+            batch.delta = self._run(layer, batch, batch.residual)
 
-    def _run(self, layer: DecoderLayer, delta: Tensor | None, residual: Tensor) -> Tensor:
-        n = len(residual)
-        starts, lens = torch.tensor([0, n], dtype=torch.int32), torch.tensor([n], dtype=torch.int32)
-        metadata = tuple(b.plan(AttentionMetadata(1, n, starts, lens, torch.empty(1, 0, dtype=torch.int32))) for b in self._backends)
-        return layer.forward(delta, residual, ForwardContext(torch.arange(n, dtype=torch.int32), metadata)).clone()
+    def _run(self, layer: DecoderLayer, batch: _Batch, residual: Tensor) -> Tensor:
+        lens = batch.starts.diff()
+        about = AttentionMetadata(len(lens), len(residual), batch.starts, lens, torch.empty(len(lens), 0, dtype=torch.int32))
+        metadata = tuple(backend.plan(replace(about)) for backend in self._backends)
+        return layer.forward(batch.delta, residual, ForwardContext(batch.positions, metadata)).clone()
+
+
+@dataclass(slots=True)
+class _Batch:
+    """Sequences beside each other. residual, delta [T, M], weights [T]; positions int32 [T]; starts int32 [R + 1]: of their rows."""
+
+    residual: Tensor
+    weights: Tensor
+    positions: Tensor
+    starts: Tensor
+    delta: Tensor | None = None
+
+    @classmethod
+    def of(cls, rows: Sequence[tuple[Sequence[int], Sequence[float]]], embed: Callable[[Tensor], Tensor]) -> _Batch:
+        lens = [len(tokens) for tokens, _ in rows]
+        residual = embed(torch.tensor([token for tokens, _ in rows for token in tokens], dtype=torch.int32)).clone()
+        weights = torch.tensor([weight for _, each in rows for weight in each], dtype=torch.float32)
+        positions = torch.cat([torch.arange(n, dtype=torch.int32) for n in lens])
+        return cls(residual, weights, positions, torch.tensor([0, *accumulate(lens)], dtype=torch.int32))
+
+
+def _batches(rows: Sequence[tuple[Sequence[int], Sequence[float]]]) -> Iterator[list[tuple[Sequence[int], Sequence[float]]]]:
+    batch: list[tuple[Sequence[int], Sequence[float]]] = []
+    for row in rows:
+        if batch and sum(len(tokens) for tokens, _ in batch) + len(row[0]) > BATCH_TOKENS:
+            yield batch
+            batch = []
+        batch.append(row)
+    yield batch
 
 
 class Observations:
@@ -99,6 +125,13 @@ class Observations:
         self.largest_kv = [0.0, 0.0]
         self.weights = torch.ones(0)
         self._hessian, self._matrix = hessian, matrix
+
+    def num_tokens(self, name: str) -> int:
+        return self.inputs[name].num_tokens if name in self.inputs else 0
+
+    def hessian(self, name: str, pool: str) -> Tensor | None:
+        """The mean Hessian [C, C] of an input, None for what was never computed."""
+        return self.inputs[name].mean_hessian(self.inputs.get(pool)) if name in self.inputs else None
 
     def add(self, name: str, x: Tensor, weights: Tensor | None = None) -> None:
         if name not in self.inputs:

@@ -59,8 +59,8 @@ class ModelConfig:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class CacheConfig:
-    """kv_cache_memory: bytes for all KV of the engine, None sizes it from free memory. kv_cache_dtype: 'auto' is the model's dtype,
-    others are in core/kv_spec.KV_FORMATS."""
+    """kv_cache_memory: bytes for all KV of the engine, None sizes it from free memory. kv_cache_dtype: 'auto' is what the
+    checkpoint was made for, or else the model's dtype; others are in core/kv_spec.KV_FORMATS."""
 
     block_size: int = 32
     kv_cache_dtype: str = "auto"

@@ -74,7 +74,7 @@ class ModelSpec:
     max_position: the longest context it is made for, rope scaling included. dtype: of the checkpoint. tied: the output projection is the
     embedding table. windows: per layer, the sliding window in tokens (itself included) or None. head_dim: channels of a query and a key
     before any absorption. qkv_bias: of latent attention's down-projections, too. quantized_bytes: of all weights as this engine packs them,
-    where formats other than one dtype are decided on.
+    where formats other than one dtype are decided on. kv_cache_dtype: what the checkpoint was made for, None where it says nothing.
     """
 
     architecture: str
@@ -100,6 +100,7 @@ class ModelSpec:
     eos_token_ids: tuple[int, ...] = ()
     bos_token_id: int | None = None
     quantized_bytes: int | None = None
+    kv_cache_dtype: str | None = None
 
     @classmethod
     def from_hf(cls, config: Mapping[str, Any]) -> ModelSpec:
@@ -129,8 +130,8 @@ class ModelSpec:
         return cls(**fields)
 
     def kv_groups(self, kv_dtype: str, block_size: int, tp_size: int = 1) -> tuple[KVGroupSpec, ...]:
-        """Layers that share a window, as one rank stores them; in the order of their first layers. kv_dtype 'auto': the model's dtype."""
-        kv = kv_format(self.dtype if kv_dtype == "auto" else kv_dtype)
+        """Layers that share a window, as one rank stores them; in the order of the first ones. kv_dtype 'auto': the checkpoint's own."""
+        kv = kv_format((self.kv_cache_dtype or self.dtype) if kv_dtype == "auto" else kv_dtype)
         num_kv_heads = self.kv_heads_per_rank(tp_size)
         head_dim, v_head_dim = self.head_dim, self.head_dim
         if self.latent is not None:  # every rank keeps the whole latent: all heads read it

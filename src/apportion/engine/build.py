@@ -16,7 +16,7 @@ from apportion.engine.memory_plan import MemoryPlan, format_bytes, kv_groups, mo
 from apportion.kernels.dispatch import choose
 from apportion.kvcache.arena import Arena, choose_slab_bytes
 from apportion.models.checkpoint import read_spec, resolve_folder
-from apportion.models.loader import quantized_bytes
+from apportion.models.loader import with_formats
 from apportion.platforms.platform import select_platform
 
 logger = logging.getLogger(__name__)
@@ -97,5 +97,5 @@ def read_model(model: ModelConfig) -> tuple[ModelConfig, ModelSpec]:
     if model.revision is not None and Path(model.model).expanduser().is_dir():
         raise InvalidParameter(f"revision {model.revision!r} chooses among those of a hub model, and {model.model} is a folder")
     folder = resolve_folder(model.model, model.revision)
-    found, spec = replace(model, model=str(folder)), read_spec(Path(folder))
-    return found, replace(spec, quantized_bytes=quantized_bytes(found, spec))
+    found = replace(model, model=str(folder))
+    return found, with_formats(found, read_spec(Path(folder)))

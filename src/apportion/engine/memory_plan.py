@@ -156,7 +156,7 @@ def model_memory(model: ModelConfig, spec: ModelSpec, config: EngineConfig, slab
 
 def kv_groups(model: ModelConfig, spec: ModelSpec, config: EngineConfig) -> tuple[KVGroupSpec, ...]:
     """A model's layer groups as one rank stores them under `config`."""
-    kv_dtype = model.dtype if config.cache.kv_cache_dtype == "auto" else config.cache.kv_cache_dtype
+    kv_dtype = config.cache.kv_cache_dtype if config.cache.kv_cache_dtype != "auto" else spec.kv_cache_dtype or model.dtype
     return spec.kv_groups(kv_dtype, config.cache.block_size, config.parallel.tensor_parallel_size)
 
 

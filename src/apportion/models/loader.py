@@ -10,7 +10,7 @@ import json
 import re
 import zlib
 from collections.abc import Callable, Iterable, Iterator, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any, cast
 
 import torch
@@ -112,12 +112,14 @@ def read_model_records(config: ModelConfig, spec: ModelSpec) -> LinearRecords:
     return read_records(described, dtype, config.quantization, stored, SPELLINGS.get(spec.architecture, ()))
 
 
-def quantized_bytes(config: ModelConfig, spec: ModelSpec) -> int | None:
-    """Bytes of all packed weights where they are not all of one dtype, else None. Nothing is loaded. Errors: as read_model_records."""
+def with_formats(config: ModelConfig, spec: ModelSpec) -> ModelSpec:
+    """The spec with what its number formats decide: bytes of packed weights and the KV format. Nothing is loaded. Errors: as
+    read_model_records."""
     records = read_model_records(config, spec)
     if not records.rules:
-        return None
-    return int(layout(build_model(spec, ReferenceOps(), ParallelGroup(), records))["nbytes"])
+        return spec
+    nbytes = int(layout(build_model(spec, ReferenceOps(), ParallelGroup(), records))["nbytes"])
+    return replace(spec, quantized_bytes=nbytes, kv_cache_dtype=records.kv_cache_dtype)
 
 
 def build_model(spec: ModelSpec, ops: Ops, group: ParallelGroup, records: LinearRecords) -> CausalLM:

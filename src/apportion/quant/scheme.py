@@ -49,12 +49,14 @@ class Rule:
 class LinearRecords:
     """A record for every projection: that of the first rule that applies, else plain `dtype`. Names are those of the checkpoint.
 
-    spellings: (pattern, replacement) by which a quantization section may call a projection otherwise.
+    spellings: (pattern, replacement) by which a quantization section may call a projection otherwise. kv_cache_dtype: the cache that the
+    checkpoint was made for, None where it says nothing.
     """
 
     dtype: str
     rules: tuple[Rule, ...] = ()
     spellings: tuple[tuple[str, str], ...] = ()
+    kv_cache_dtype: str | None = None
 
     def of(self, name: str, kind: str = "Linear") -> LinearRecord:
         names = [name, *(re.sub(pattern, replacement, name) for pattern, replacement in self.spellings if re.search(pattern, name))]

@@ -63,11 +63,13 @@ class Section:
                 raise Unsupported(f"{self.path}.{key} = {value!r} is not understood")
 
 
-def check_kv_cache_scheme(section: Section) -> None:
-    """`kv_cache_scheme`: that the files bring scales of cached keys and values (layers/kv_scales). They must be those of float8 numbers."""
+def kv_cache_format(section: Section) -> str | None:
+    """`kv_cache_scheme`: the KV format (core/kv_spec) that a checkpoint brings scales for (layers/kv_scales), None where it has none."""
     value = section.take("kv_cache_scheme")
-    if value in (None, "static"):  # AutoFP8 says no more
-        return
+    if value is None:
+        return None
+    if value == "static":  # AutoFP8 says no more
+        return "fp8_e4m3"
     scheme = Section(value, f"{section.path}.kv_cache_scheme")
     scheme.choice("num_bits", (8,), 8)
     scheme.choice("type", ("float",), "float")
@@ -75,6 +77,7 @@ def check_kv_cache_scheme(section: Section) -> None:
     scheme.choice("dynamic", (False,), False)
     scheme.choice("strategy", ("tensor", "attn_head"), "tensor")
     scheme.close(("observer", "observer_kwargs", "block_structure", "group_size", "actorder", "scale_dtype", "zp_dtype"))
+    return "fp8_e4m3"
 
 
 def names_pattern(names: Iterable[str]) -> str:

@@ -144,7 +144,7 @@ def test_an_interrupted_run_goes_on(tmp_path, monkeypatch):
     original = stage._Layer.quantize
 
     def break_off(self, walk):
-        if any(".1." in name for name in self._names):
+        if any(".1." in name for name in self._tasks):
             raise KeyboardInterrupt
         original(self, walk)
 

@@ -15,12 +15,12 @@ from apportion.kernels.ops import QuantizedWeight
 from apportion.kernels.reference.number_formats import dequantize, encode, quantize, spread
 
 BLOCK = 128  # columns between two updates of all that follow
-DAMPING = 0.01  # of the mean curvature
 
 
-def gptq(weight: Tensor, fmt: NumberFormat, hessian: Tensor | None) -> QuantizedWeight:
+def gptq(weight: Tensor, fmt: NumberFormat, hessian: Tensor | None, damping: float = 0.01) -> QuantizedWeight:
     """weight float32 [N, C], hessian [C, C]: mean of x x^T. Scales are those of round to nearest ("static groups"), so that sorting the
-    columns moves none of them to another group. A channel that was always 0 is rounded to nearest, never zeroed."""
+    columns moves none of them to another group. damping: of the mean curvature. A channel that was always 0 is rounded to nearest, never
+    zeroed."""
     rounded = quantize(weight, fmt)
     if hessian is None:
         return rounded
@@ -28,7 +28,7 @@ def gptq(weight: Tensor, fmt: NumberFormat, hessian: Tensor | None) -> Quantized
     scale = spread(rounded.scale, shape, fmt.block)
     zero = None if rounded.zero is None else spread(rounded.zero, shape, fmt.block)
     order = hessian.diagonal().argsort(descending=True, stable=True)
-    factor = _inverse_factor(hessian[order][:, order])
+    factor = _inverse_factor(hessian[order][:, order], damping)
     w = weight[:, order].double()
     column = replace(fmt, scale="channel", block=(1, 0))
     codes = torch.empty(shape, dtype=torch.uint8)
@@ -48,13 +48,13 @@ def gptq(weight: Tensor, fmt: NumberFormat, hessian: Tensor | None) -> Quantized
     return QuantizedWeight(fmt, codes, rounded.scale, rounded.zero)
 
 
-def _inverse_factor(hessian: Tensor) -> Tensor:
+def _inverse_factor(hessian: Tensor, damping: float) -> Tensor:
     """The upper Cholesky factor of the inverse of a damped Hessian [C, C]."""
     h = hessian.double().clone()
     diagonal = h.diagonal()
     mean = float(diagonal.mean()) or 1.0
     diagonal[diagonal == 0] = mean  # a silent channel has a curvature of its own and is coupled to none
-    damping = DAMPING * mean
+    damping = max(damping, 1e-6) * mean
     while True:  # nearly singular where there were few tokens: more damping until it can be inverted
         lower, failed = torch.linalg.cholesky_ex(h + damping * torch.eye(len(h), dtype=h.dtype))
         if not failed:

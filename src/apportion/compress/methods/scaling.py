@@ -17,7 +17,6 @@ from apportion.kernels.reference.number_formats import dequantize, encode, quant
 
 GRID = 20  # exponents tried, from 0 (nothing is moved) up
 CLIPS = (1.0, 0.95, 0.9, 0.85, 0.8, 0.75, 0.7, 0.65, 0.6)
-STRENGTH = 0.5  # SmoothQuant's alpha
 
 
 def weighted_error(weight: Tensor, near: Tensor, hessian: Tensor) -> float:
@@ -42,10 +41,10 @@ def awq_scale(weights: Sequence[Tensor], formats: Sequence[NumberFormat], seen: 
     return best
 
 
-def smooth_scale(weights: Sequence[Tensor], seen: InputStatistics) -> Tensor:
-    """max|x|^a / max|w|^(1 - a) for each input [C]: outliers of the input become the weights' to carry."""
+def smooth_scale(weights: Sequence[Tensor], seen: InputStatistics, strength: float) -> Tensor:
+    """max|x|^a / max|w|^(1 - a) for each input [C], a = `strength`: outliers of the input become the weights' to carry."""
     largest = torch.stack([w.abs().amax(0) for w in weights]).amax(0).clamp(min=1e-5)
-    scale = seen.largest.clamp(min=1e-5) ** STRENGTH / largest ** (1 - STRENGTH)
+    scale = seen.largest.clamp(min=1e-5) ** strength / largest ** (1 - strength)
     return scale.clamp(min=1e-5)
 
 

@@ -24,7 +24,7 @@ from apportion.kernels.ops import QuantizedWeight
 from apportion.kernels.reference.number_formats import unpack
 from apportion.quant.scheme import LinearRecord, LinearRecords, Rule
 from apportion.quant.schemes.tensors import float8_codes, regrouped, scales, typed
-from apportion.quant.section import Section, check_kv_cache_scheme, names_pattern
+from apportion.quant.section import Section, kv_cache_format, names_pattern
 
 FORMATS = ("float-quantized", "int-quantized", "naive-quantized", "pack-quantized", "dense", "mixed-precision")
 HARMLESS = ("quant_method", "global_compression_ratio", "version", "quantization_status")
@@ -106,7 +106,7 @@ def read(section: Section, dtype: str, stored: Mapping[str, str]) -> LinearRecor
     status = section.choice("quantization_status", ("compressed", "frozen"), "compressed")
     ignored = names_pattern(section.words("ignore"))
     groups = section.part("config_groups")
-    check_kv_cache_scheme(section)
+    kv_cache = kv_cache_format(section)
     section.close(HARMLESS)
     if groups is None:
         raise Unsupported(f"{section.path} has no config_groups")
@@ -123,11 +123,11 @@ def read(section: Section, dtype: str, stored: Mapping[str, str]) -> LinearRecor
             if target in ("Linear", "Embedding"):
                 classes.append(Rule(record, kind=target))
             else:
-                rules.append(Rule(record, _target(target)))
-    return LinearRecords(dtype, (*rules, *classes))
+                rules.append(Rule(record, target_pattern(target)))
+    return LinearRecords(dtype, (*rules, *classes), kv_cache_dtype=kv_cache)
 
 
-def _target(target: str) -> str:
+def target_pattern(target: str) -> str:
     """compressed-tensors matches expressions from the start of a name, and plain targets as whole names."""
     return target[3:] if target.startswith("re:") else f"{re.escape(target)}$"
 
@@ -139,8 +139,8 @@ def _record(group: Section, dtype: str, form: str, stored: Mapping[str, str]) ->
     if weights is None:
         raise Unsupported(f"{group.path}.weights is null; activations alone cannot be quantized")
     packed = form == "pack-quantized"
-    fmt = _weight_format(weights, packed, stored)
-    rounded = None if inputs is None else _activation_format(inputs)
+    fmt = weight_format(weights, _scale_tag(stored))
+    rounded = None if inputs is None else activation_format(inputs)
     if fmt.is_integer and not packed and fmt.bits != 8 and form != "int-quantized":
         raise Unsupported(f"{group.path}.format is {form!r} for {fmt.bits}-bit integers; known: 'pack-quantized', 'int-quantized'")
     product = replace(fmt, scale="channel", block=(1, 0), scale_dtype="float32") if fmt.scale == "tensor" else fmt
@@ -148,7 +148,8 @@ def _record(group: Section, dtype: str, form: str, stored: Mapping[str, str]) ->
     return LinearRecord(Scheme(product, rounded).name, layout)
 
 
-def _weight_format(weights: Section, packed: bool, stored: Mapping[str, str]) -> NumberFormat:
+def weight_format(weights: Section, tag: str) -> NumberFormat:
+    """The format that `weights` of a config group describe. tag: of the dtype of groups' scales."""
     kind = weights.choice("type", ("int", "float"), "int")
     bits = weights.choice("num_bits", (8,) if kind == "float" else (2, 3, 4, 5, 6, 7, 8), 8)
     symmetric = weights.flag("symmetric", True)
@@ -172,8 +173,9 @@ def _weight_format(weights: Section, packed: bool, stored: Mapping[str, str]) ->
     if strategy == "group" and group < 1:
         raise Unsupported(f"{weights.path}.group_size is {group}, and strategy 'group' needs a positive one")
     perm = "_perm" if order in ("group", "dynamic") and strategy == "group" else ""
-    tag = _scale_tag(stored) if strategy == "group" else ""
-    return NumberFormat.parse(f"{'e4m3' if kind == 'float' else f'int{bits}'}_{scale}{'' if symmetric else '_zp'}{tag}{perm}")
+    return NumberFormat.parse(
+        f"{'e4m3' if kind == 'float' else f'int{bits}'}_{scale}{'' if symmetric else '_zp'}{tag if strategy == 'group' else ''}{perm}"
+    )
 
 
 def _scale_tag(stored: Mapping[str, str]) -> str:
@@ -182,7 +184,8 @@ def _scale_tag(stored: Mapping[str, str]) -> str:
     return TAGS.get(kinds.pop(), "") if len(kinds) == 1 else ""
 
 
-def _activation_format(inputs: Section) -> NumberFormat:
+def activation_format(inputs: Section) -> NumberFormat:
+    """What `input_activations` of a config group are rounded to."""
     kind = inputs.choice("type", ("int", "float"), "int")
     inputs.choice("num_bits", (8,), 8)
     group = inputs.take("group_size", -1)

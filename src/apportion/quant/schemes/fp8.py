@@ -17,7 +17,7 @@ from apportion.kernels.ops import QuantizedWeight
 from apportion.kernels.reference.number_formats import FLOAT8
 from apportion.quant.scheme import LinearRecord, LinearRecords, Rule
 from apportion.quant.schemes.tensors import float8_codes, scales, typed
-from apportion.quant.section import Section, check_kv_cache_scheme, names_pattern
+from apportion.quant.section import Section, kv_cache_format, names_pattern
 
 HARMLESS = ("dequantize", "modules_in_block_to_quantize")
 
@@ -57,7 +57,7 @@ def read(section: Section, dtype: str, stored: Mapping[str, str]) -> LinearRecor
     activation = section.choice("activation_scheme", ("static", "dynamic"), "dynamic")
     skipped = names_pattern([*section.words("ignored_layers"), *section.words("modules_to_not_convert"), *section.words("ignore_patterns")])
     block = section.take("weight_block_size")
-    check_kv_cache_scheme(section)
+    kv_cache = kv_cache_format(section)
     section.close(HARMLESS)
     element = "e4m3fnuz" if "F8_E4M3FNUZ" in stored.values() else "e4m3"
     weight, rounded = f"{element}_channel", "e4m3_static" if activation == "static" else "e4m3_token"
@@ -69,4 +69,4 @@ def read(section: Section, dtype: str, stored: Mapping[str, str]) -> LinearRecor
         weight, rounded = f"{element}_b{block[0]}x{block[1]}", f"e4m3_g{block[1]}"
     record = LinearRecord(f"{weight}@{rounded}", Float8Layout(NumberFormat.parse(weight), activation == "static"))
     kept = [Rule(LinearRecord(dtype), skipped)] if skipped else []
-    return LinearRecords(dtype, (*kept, Rule(LinearRecord(dtype), r"lm_head$"), Rule(record, kind="Linear")))
+    return LinearRecords(dtype, (*kept, Rule(LinearRecord(dtype), r"lm_head$"), Rule(record, kind="Linear")), kv_cache_dtype=kv_cache)
