@@ -1,7 +1,6 @@
 """From a checkpoint to a model whose packed weights lie in one arena, which other processes can map by its manifest.
 
-Tensors stream from the mapped files straight into the arena, in file order; their pages are given back as it goes, so that memory peaks at
-the packed size and about one tensor.
+Tensors stream from the mapped files into the arena, in file order; pages are given back, so that memory peaks at packed size + a tensor.
 """
 
 from __future__ import annotations
@@ -113,13 +112,12 @@ def read_model_records(config: ModelConfig, spec: ModelSpec) -> LinearRecords:
 
 
 def with_formats(config: ModelConfig, spec: ModelSpec) -> ModelSpec:
-    """The spec with what its number formats decide: bytes of packed weights and the KV format. Nothing is loaded. Errors: as
-    read_model_records."""
+    """The spec with what its number formats decide. Nothing is loaded. Errors: as read_model_records."""
     records = read_model_records(config, spec)
     if not records.rules:
         return spec
-    nbytes = int(layout(build_model(spec, ReferenceOps(), ParallelGroup(), records))["nbytes"])
-    return replace(spec, quantized_bytes=nbytes, kv_cache_dtype=records.kv_cache_dtype)
+    packed = layout(build_model(spec, ReferenceOps(), ParallelGroup(), records))
+    return replace(spec, quantized_bytes=int(packed["nbytes"]), kv_cache_dtype=records.kv_cache_dtype)
 
 
 def build_model(spec: ModelSpec, ops: Ops, group: ParallelGroup, records: LinearRecords) -> CausalLM:
