@@ -121,10 +121,11 @@ class MoE(nn.Module):
 
 
 class Block(nn.Module):
-    def __init__(self, config: dict[str, Any]) -> None:
+    def __init__(self, config: dict[str, Any], layer: int) -> None:
         super().__init__()
         self.self_attn = Attention(config)
-        self.mlp = MoE(config) if "num_experts" in config else MLP(config)
+        is_mixture = "num_experts" in config and layer not in config["mlp_only_layers"]
+        self.mlp = MoE(config) if is_mixture else MLP(config)
         self.input_layernorm = RMSNorm(config["hidden_size"], config["rms_norm_eps"])
         self.post_attention_layernorm = RMSNorm(config["hidden_size"], config["rms_norm_eps"])
 
@@ -144,7 +145,7 @@ class Decoder(nn.Module):
         super().__init__()
         self.config = config
         self.embed_tokens = nn.Embedding(config["vocab_size"], config["hidden_size"])
-        self.layers = nn.ModuleList(Block(config) for _ in range(config["num_hidden_layers"]))
+        self.layers = nn.ModuleList(Block(config, layer) for layer in range(config["num_hidden_layers"]))
         self.norm = RMSNorm(config["hidden_size"], config["rms_norm_eps"])
         half = torch.arange(0, config["head_dim"], 2) / config["head_dim"]
         angles = torch.arange(config["max_position_embeddings"])[:, None] * config["rope_parameters"]["rope_theta"] ** -half

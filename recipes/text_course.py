@@ -57,10 +57,11 @@ WORDS = (
     Stage(0.5, length=256, text=0.45, words=80, repeat=5, recall=10, chat=5),
     Stage(0.5, length=512, text=0.50, words=80, repeat=5, recall=10, chat=5),
 )
+# A task of 512 tokens with all its questions takes a row of 640.
 AFTER_DENSE = (
     Stage(0.08, length=128, text=0.30, words=0, repeat=30, recall=70, chat=0),
-    Stage(0.62, length=256, text=0.65, words=75, repeat=5, recall=10, chat=10),
-    Stage(0.30, length=512, text=0.65, words=75, repeat=5, recall=10, chat=10),
+    Stage(0.57, length=256, text=0.70, words=75, repeat=5, recall=10, chat=10),
+    Stage(0.35, length=640, text=0.60, words=75, repeat=5, recall=10, chat=10),
 )
 LONG = (
     Stage(0.06, length=128, text=0.10, words=0, repeat=50, recall=50, chat=0),
@@ -76,13 +77,13 @@ DRAFT_CONFIG = {
 PLANS = {
     ("dense", "cpu"): Plan(1250, 8192, 2e-3, SHORT),
     ("polish", "cpu"): Plan(160, 8192, 1e-3, WORDS),
-    ("moe", "cpu"): Plan(190, 8192, 2e-3, AFTER_DENSE),
+    ("moe", "cpu"): Plan(320, 8192, 1.5e-3, AFTER_DENSE),
     ("draft", "cpu"): Plan(1250, 8192, 2e-3, SHORT, DRAFT_CONFIG),
     ("dense", "cuda"): Plan(1500, 65536, 2e-3, LONG, LONG_CONFIG),
     ("moe", "cuda"): Plan(1500, 65536, 2e-3, LONG, LONG_CONFIG),
     ("draft", "cuda"): Plan(1500, 65536, 2e-3, LONG, DRAFT_CONFIG | LONG_CONFIG),
 }
-EXPERTS = {"num_experts": 16, "top_k": 4, "ffn_dim": 48}
+EXPERTS = {"num_experts": 16, "top_k": 4, "ffn_dim": 64}
 
 
 class TextCourse:
@@ -192,7 +193,9 @@ def text_course(kind: str, data: Path, source: Path, device: str) -> TextCourse:
     model = Decoder(config)
     load_checkpoint(model, tensors)
     if kind == "moe":
-        model = upcycle(model, config_of_mixture(config, **EXPERTS), torch.from_numpy(windows(mix.stream[: 64 * 256])), SEED)
+        every = windows(mix.stream)
+        sample = torch.from_numpy(every[:: len(every) // 128][:128])
+        model = upcycle(model, config_of_mixture(config, **EXPERTS), sample, SEED)
     return TextCourse(model, mix, held_out, plan, device)
 
 

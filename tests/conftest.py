@@ -42,3 +42,9 @@ def bundled_model() -> Path:
     from apportion.assets import DEFAULT_MODEL
 
     return DEFAULT_MODEL
+
+
+@pytest.fixture(scope="session")
+def mixture_model() -> Path:
+    """The trained mixture of experts of the recipes: Qwen3-MoE, sixteen experts in every layer but the first."""
+    return Path(__file__).resolve().parents[1] / "recipes" / "models" / "moe"

@@ -57,9 +57,8 @@ def test_compare_with_a_precision(capsys, text, tmp_path):
     assert (tmp_path / "kl_quantiles.png").read_bytes().startswith(PNG)
 
 
-def test_compare_with_another_model(capsys, text, bundled_model, shared_data):
-    moe = shared_data("models/moe")
-    arguments = ["compare", bundled_model, "--text", text, "--window", "128", "--candidate", f"model={moe}", "--no-floor"]
+def test_compare_with_another_model(capsys, text, bundled_model, mixture_model):
+    arguments = ["compare", bundled_model, "--text", text, "--window", "128", "--candidate", f"model={mixture_model}", "--no-floor"]
     code, out, _ = run(capsys, *arguments)
     assert code == 0 and "top1_agreement" in out and "A/A" not in out
 

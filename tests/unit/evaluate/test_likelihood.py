@@ -19,10 +19,10 @@ from tests.unit.evaluate.conftest import SMALL
 
 @pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
 @pytest.mark.parametrize("name", ["bundled", "moe"])
-def test_perplexity_is_that_of_transformers(name, dtype, shared_data):
+def test_perplexity_is_that_of_transformers(name, dtype, mixture_model, shared_data):
     """5,000 tokens of WikiText-2 test in windows of 256, 192 apart, the whole way through the engine: NLL within 1e-3."""
     transformers = pytest.importorskip("transformers")
-    folder = DEFAULT_MODEL if name == "bundled" else shared_data("models/moe")
+    folder = DEFAULT_MODEL if name == "bundled" else mixture_model
     text = (shared_data("text-wikitext2") / "test.txt").read_text()[:16_000]
     with LLM(folder, dtype=dtype, **SMALL) as llm:
         report = perplexity_report(llm, [text], window=256, stride=192)

@@ -42,6 +42,24 @@ def test_logits_equal_transformers(config, recipe, tmp_path):
     assert all(torch.equal(a, b) for a, b in zip(model.parameters(), again.parameters(), strict=True))
 
 
+def test_experts_that_hold_every_neuron_compute_the_dense_layers(recipe, monkeypatch):
+    """A dense decoder in experts that need leave nothing out: the fitted outputs are those of the layers they are made from."""
+    small, upcycled = recipe("small_models"), recipe("upcycled")
+    monkeypatch.setattr(upcycled, "RIDGE", 1e-6)
+    dense = small.Decoder(DENSE)
+    for parameter in dense.parameters():
+        parameter.data += 0.1 * torch.randn_like(parameter)
+    config = upcycled.config_of_mixture(DENSE, num_experts=4, top_k=2, ffn_dim=DENSE["intermediate_size"])
+    mixture = upcycled.upcycle(dense, config, torch.randint(0, 64, (32, 32)), seed=0)
+    rows = torch.randn(2, 10, DENSE["hidden_size"])
+    with torch.no_grad():
+        for given, made in zip(dense.layers, mixture.layers, strict=True):
+            wanted = given.mlp(rows)
+            assert (made.mlp(rows) - wanted).norm() < 0.02 * wanted.norm()
+            assert torch.equal(given.self_attn.o_proj.weight, made.self_attn.o_proj.weight)
+    assert isinstance(mixture.layers[0].mlp, small.MLP) and [len(moe.load) for moe in mixture.mixtures()] == [4]
+
+
 def test_the_loss_in_pieces_is_cross_entropy(recipe):
     loss = recipe("weighted_loss")
     torch.manual_seed(0)
