@@ -1,20 +1,25 @@
 // How a cached number is packed into dwords: all that a KV format supplies. Methods (attention_kernels.cpp) take it as a template
 // argument, so method x format is generated.
 //
-// A dword holds LANES numbers, number j in bits [j * 32 / LANES, (j + 1) * 32 / LANES).
+// A dword holds LANES numbers, number j in bits [j * 32 / LANES, (j + 1) * 32 / LANES). A product takes it in OPERANDS vectors: one for
+// each number, or one for both, and the other factor alike.
 #pragma once
 #include "simd.h"
 
 namespace apportion::APPORTION_ISA {
 
-struct Fp32 {
-  static constexpr int LANES = 1;
+struct Widened {
+  APPORTION_INLINE V add_product(V x, V number, V sum) { return fma(x, number, sum); }
+};
+
+struct Fp32 : Widened {
+  static constexpr int LANES = 1, OPERANDS = 1;
   APPORTION_INLINE void unpack(const uint32_t* p, V out[LANES]) { out[0] = load(reinterpret_cast<const float*>(p)); }
   APPORTION_INLINE void encode(const float* x, uint32_t* codes) { store(reinterpret_cast<float*>(codes), load(x)); }  // WIDTH numbers
 };
 
-struct Bf16 {
-  static constexpr int LANES = 2;
+struct Bf16 : Widened {
+  static constexpr int LANES = 2, OPERANDS = 2;
   APPORTION_INLINE void unpack(const uint32_t* p, V out[LANES]) { load_bf16_pairs(reinterpret_cast<const uint16_t*>(p), out[0], out[1]); }
   APPORTION_INLINE void encode(const float* x, uint32_t* codes) {
     uint16_t packed[WIDTH];
@@ -23,8 +28,17 @@ struct Bf16 {
   }
 };
 
-struct Fp16 {
-  static constexpr int LANES = 2;
+#if defined(__AVX512BF16__)
+// bf16 as it lies, multiplied in pairs by bf16.
+struct Bf16Pairs {
+  static constexpr int LANES = 2, OPERANDS = 1;
+  APPORTION_INLINE void unpack(const uint32_t* p, V out[OPERANDS]) { out[0] = load(reinterpret_cast<const float*>(p)); }
+  APPORTION_INLINE V add_product(V x, V pairs, V sum) { return _mm512_dpbf16_ps(sum, (__m512bh)x, (__m512bh)pairs); }
+};
+#endif
+
+struct Fp16 : Widened {
+  static constexpr int LANES = 2, OPERANDS = 2;
   APPORTION_INLINE void unpack(const uint32_t* p, V out[LANES]) { load_fp16_pairs(reinterpret_cast<const uint16_t*>(p), out[0], out[1]); }
   APPORTION_INLINE void encode(const float* x, uint32_t* codes) {
     uint16_t packed[WIDTH];
@@ -105,8 +119,8 @@ APPORTION_INLINE uint32_t float_to_float8(float x) {
 }
 
 template <int MANTISSA>
-struct Float8 {
-  static constexpr int LANES = 4;
+struct Float8 : Widened {
+  static constexpr int LANES = 4, OPERANDS = 4;
   APPORTION_INLINE void unpack(const uint32_t* p, V out[LANES]) {
     const Dwords d = dwords(p), even = bytes_to_halves<MANTISSA == 3>(bytes_up(d)), odd = bytes_to_halves<MANTISSA == 3>(d);
     out[0] = halves<false>(even);
@@ -123,7 +137,7 @@ using E5m2 = Float8<2>;
 
 // The first n dwords at p, the rest 0, for the ends of rows that are no multiple of WIDTH.
 template <typename F>
-APPORTION_INLINE void unpack_n(const uint32_t* p, int n, V out[F::LANES]) {
+APPORTION_INLINE void unpack_n(const uint32_t* p, int n, V out[F::OPERANDS]) {
   uint32_t whole[WIDTH];
   store(reinterpret_cast<float*>(whole), load_n(reinterpret_cast<const float*>(p), n));
   F::unpack(whole, out);

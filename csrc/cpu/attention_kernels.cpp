@@ -29,7 +29,7 @@ constexpr int wide(int rows) { return rows <= 2 ? 4 : 2; }
 
 constexpr int SUB_VECTORS = SUB / WIDTH;
 
-// scores[r][v * WIDTH ..] of M rows over N vectors of tokens; k[v] points at the first dword row of vector v. What the next chunk
+// scores[r][v * WIDTH ..] = q . K of M rows over N vectors of tokens; k[v] points at the first dword row of vector v. What the next chunk
 // will read from `next` is fetched on the way: one line for each that is used.
 template <typename F, int M, int N, bool FETCH>
 APPORTION_INLINE void score_block(const float* q, int q_stride, const uint32_t* const* k, const uint32_t* const* next, int64_t k_stride,
@@ -38,15 +38,15 @@ APPORTION_INLINE void score_block(const float* q, int q_stride, const uint32_t* 
   for (int r = 0; r < M; ++r)
     for (int v = 0; v < N; ++v) sum[r][v] = zero();
   for (int row = 0; row < rows; ++row) {
-    V key[N][F::LANES];
+    V key[N][F::OPERANDS];
     for (int v = 0; v < N; ++v) {
       F::unpack(k[v] + row * k_stride, key[v]);
       if constexpr (FETCH) fetch_line(next[v] + row * k_stride);
     }
-    for (int j = 0; j < F::LANES; ++j)
+    for (int j = 0; j < F::OPERANDS; ++j)
       for (int r = 0; r < M; ++r) {
-        const V x = set1(q[r * q_stride + row * F::LANES + j]);
-        for (int v = 0; v < N; ++v) sum[r][v] = fma(x, key[v][j], sum[r][v]);
+        const V x = set1(q[r * q_stride + row * F::OPERANDS + j]);
+        for (int v = 0; v < N; ++v) sum[r][v] = F::add_product(x, key[v][j], sum[r][v]);
       }
   }
   for (int r = 0; r < M; ++r)
@@ -70,22 +70,23 @@ APPORTION_INLINE void score_rows(const float* q, int q_stride, const Chunk& chun
 // acc[r][0 .. N * WIDTH) += p[r] . V over the tokens of a chunk. TAIL: the one vector holds `n` channels.
 template <typename F, int M, int N, bool FETCH, bool TAIL>
 APPORTION_INLINE void mix_block(const float* p, const Chunk& chunk, const Chunk& next, int channel, int n, int width, float* acc, int acc_stride) {
+  constexpr int SHARE = F::LANES / F::OPERANDS;  // probabilities that one operand takes
   V sum[M][N];
   for (int r = 0; r < M; ++r)
     for (int c = 0; c < N; ++c) sum[r][c] = load(acc + r * acc_stride + c * WIDTH);
   for (int s = 0; s < chunk.subs; ++s) {
     const uint32_t *v = chunk.v[s] + channel, *ahead = next.v[s] + channel;
     for (int row = 0; row < SUB / F::LANES; ++row, v += width, ahead += width) {
-      V value[N][F::LANES];
+      V value[N][F::OPERANDS];
       if constexpr (TAIL) unpack_n<F>(v, n, value[0]);
       else
         for (int c = 0; c < N; ++c) F::unpack(v + c * WIDTH, value[c]);
       if constexpr (FETCH)
         for (int c = 0; c < N; ++c) fetch_line(ahead + c * WIDTH);
-      for (int j = 0; j < F::LANES; ++j)
+      for (int j = 0; j < F::OPERANDS; ++j)
         for (int r = 0; r < M; ++r) {
-          const V x = set1(p[r * CHUNK + s * SUB + row * F::LANES + j]);
-          for (int c = 0; c < N; ++c) sum[r][c] = fma(x, value[c][j], sum[r][c]);
+          const V x = set1(p[(r * CHUNK + s * SUB) / SHARE + row * F::OPERANDS + j]);
+          for (int c = 0; c < N; ++c) sum[r][c] = F::add_product(x, value[c][j], sum[r][c]);
         }
     }
   }
@@ -127,20 +128,32 @@ APPORTION_INLINE void score_latent(const float* q, int q_stride, const Chunk& ch
     }
 }
 
-// f<M, FETCH>(first row) over the rows of a tile, in blocks of BLOCK and a last smaller one; the first fetches ahead.
-template <bool FETCH, int M = BLOCK - 1, typename Function>
+// f<M, FETCH>(first row) over the rows of a tile, in blocks of BLOCK and a last smaller one; the first fetches ahead (and the last,
+// which is the only one where rows are few: elsewhere its lines are there already, and a second copy of it would be compiled).
+template <int M = BLOCK - 1, typename Function>
 APPORTION_INLINE void last_block(int row, int rows, const Function& f) {
-  if (rows - row == M) f.template operator()<M, FETCH>(row);
-  else if constexpr (M > 1) last_block<FETCH, M - 1>(row, rows, f);
+  if (rows - row == M) f.template operator()<M, true>(row);
+  else if constexpr (M > 1) last_block<M - 1>(row, rows, f);
 }
 
 template <typename Function>
 APPORTION_INLINE void in_blocks(int rows, const Function& f) {
-  if (rows < BLOCK) return last_block<true>(0, rows, f);
+  if (rows < BLOCK) return last_block(0, rows, f);
   f.template operator()<BLOCK, true>(0);
   int row = BLOCK;
   for (; row + BLOCK <= rows; row += BLOCK) f.template operator()<BLOCK, false>(row);
-  if (row < rows) last_block<false>(row, rows, f);
+  if (row < rows) last_block(row, rows, f);
+}
+
+// acc += probabilities . V for rows of a tile, in float32: one function for a latent and for K with V.
+template <typename F>
+void mix_vectors(const Tile& tile, const float* p, int first, int rows, const Chunk& chunk, const Chunk& next) {
+  const Shape& shape = *tile.shape;
+  in_blocks(rows, [&]<int M, bool FETCH>(int row) {
+    row += first;
+    mix_rows<F, M, FETCH>(p + row * (CHUNK * F::OPERANDS / F::LANES), chunk, next, shape.v_head_dim, shape.v_width(), tile.acc + row * tile.acc_stride,
+                          tile.acc_stride);
+  });
 }
 
 // The float32 arithmetic of a tile: what run_tile (attention_rows.h) asks of a method.
@@ -165,14 +178,41 @@ struct VectorProducts {
   }
 
   static void mix(const Tile& tile, int first, int rows, const Chunk& chunk, const Chunk& next) {
-    const Shape& shape = *tile.shape;
-    in_blocks(rows, [&]<int M, bool FETCH>(int row) {
-      row += first;
-      mix_rows<F, M, FETCH>(tile.scores + row * CHUNK, chunk, next, shape.v_head_dim, shape.v_width(), tile.acc + row * tile.acc_stride,
-                            tile.acc_stride);
-    });
+    mix_vectors<F>(tile, tile.scores, first, rows, chunk, next);
   }
 };
+
+#if defined(__AVX512BF16__)
+// For a bfloat16 cache: q and p are rounded to bfloat16 and multiplied in pairs, sums are float32.
+struct PairProducts {
+  static constexpr int LANES = 2;
+  static constexpr int UNIT = SUB;
+
+  static int q_stride(const Tile& tile) { return tile.q_stride / 2; }  // pairs
+  static float* q(const Tile& tile) { return reinterpret_cast<float*>(tile.method); }
+  static float* p(const Tile& tile) { return q(tile) + ROWS * q_stride(tile); }
+
+  APPORTION_INLINE void store_rounded(float* to, V a) { _mm256_storeu_si256(reinterpret_cast<__m256i*>(to), __m256i(_mm512_cvtneps_pbh(a))); }
+
+  static void prepare(Tile& tile) {
+    for (int i = 0; i < tile.rows * tile.q_stride; i += WIDTH) store_rounded(q(tile) + i / 2, load(tile.q + i));
+  }
+  static void finish() {}
+  APPORTION_INLINE void put(Tile& tile, int row, int vector, V a) { store_rounded(p(tile) + (row * CHUNK + vector * WIDTH) / 2, a); }
+
+  static void score(const Tile& tile, int first, int rows, const Chunk& chunk, const Chunk& next) {
+    in_blocks(rows, [&]<int M, bool FETCH>(int row) {
+      row += first;
+      score_rows<Bf16Pairs, M, FETCH>(q(tile) + row * q_stride(tile), q_stride(tile), chunk, next, tile.shape->block_size,
+                                      tile.shape->head_dim / LANES, tile.scores + row * CHUNK);
+    });
+  }
+
+  static void mix(const Tile& tile, int first, int rows, const Chunk& chunk, const Chunk& next) {
+    mix_vectors<Bf16Pairs>(tile, p(tile), first, rows, chunk, next);
+  }
+};
+#endif
 
 template <typename F>
 void clear_span(uint32_t* v, int width) {
@@ -271,6 +311,9 @@ void run(const RunCall& call, const Item& item, std::byte* scratch) {
 #if defined(__AMX_BF16__)
   if constexpr (std::is_same_v<F, Bf16>)
     if (TileProducts::fits(*call.shape)) return run_tile<TileProducts>(call, item, scratch);
+#endif
+#if defined(__AVX512BF16__)
+  if constexpr (std::is_same_v<F, Bf16>) return run_tile<PairProducts>(call, item, scratch);
 #endif
   run_tile<VectorProducts<F, false>>(call, item, scratch);
 }

@@ -85,7 +85,7 @@ void copy_rows(ThreadTeam& team, int thread, const RowForm& form, Address&& addr
 
 // 32 channels of silu(gate) * up for `n` rows from row `row` of the expert's `count`, as tiles where `tiles`.
 void store_hidden(bool tiles, int64_t F, const float* gates, const float* ups, int64_t row, int64_t n, int64_t count, int64_t p, float* hidden) {
-#if defined(__AMX_BF16__)
+#if defined(__AVX512BF16__)
   if (tiles) {
     uint16_t* out = reinterpret_cast<uint16_t*>(hidden);
     for (int64_t r = 0; r < n; ++r) {

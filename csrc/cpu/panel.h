@@ -1,8 +1,8 @@
 // One panel times many rows: the inner part of linears and experts. y[rows, columns] = bias + x[rows, C] panel^T.
 //
 // Every output is one accumulator that starts at the bias and walks C in order, whatever the blocking: the result of a row does
-// not depend on how many rows there are. In float32 the walk is one fused multiply-add per channel; in matrix tiles (bf16 weights)
-// it is one tile instruction per 32 channels of x rounded to bf16.
+// not depend on how many rows there are. In float32 the walk is one fused multiply-add per channel; for bf16 weights it may be, with x
+// rounded to bf16, one tile instruction per 32 channels or one dot product per two.
 #pragma once
 #include "linear.h"
 #include "share.h"
@@ -10,8 +10,8 @@
 
 namespace apportion::APPORTION_ISA {
 
-#if defined(__AMX_BF16__)
-constexpr bool TILES = true;
+#if defined(__AVX512BF16__)
+constexpr bool TILES = true;  // rows are rounded to bf16 and laid out as matrix tiles (tile_rows.h)
 #else
 constexpr bool TILES = false;
 #endif

@@ -4,7 +4,7 @@
 
 namespace apportion::APPORTION_ISA {
 
-#if defined(__AMX_BF16__)
+#if defined(__AVX512BF16__)
 constexpr size_t PANEL_SCRATCH_BYTES = size_t(larger(TILE_SCRATCH_BYTES, sizeof(CodeScratch)));
 constexpr int64_t GATED_ROWS = TILE_SUM_ROWS;
 static_assert(PANEL_SCRATCH_BYTES >= K_BLOCK * PANEL * sizeof(float) && PANEL_SCRATCH_BYTES % 64 == 0);
@@ -18,7 +18,7 @@ APPORTION_INLINE float* panel_scratch(ThreadTeam& team, int thread) { return rei
 // y[count, columns of panel p] = bias + rows w_p^T.
 static inline void multiply_panel(const PackedMatrix& w, int64_t p, const Rows& rows, float* y, int64_t y_stride, float* scratch) {
   if (is_quantized(w.dtype())) return multiply_quantized_panel(w, p, rows, y, y_stride, scratch);
-#if defined(__AMX_BF16__)
+#if defined(__AVX512BF16__)
   if (uses_tiles(w)) return multiply_panel_tiles(w, p, rows.tiles, rows.count, y, y_stride, scratch);
 #endif
   const auto multiply = w.dtype() == DType::FP32   ? multiply_panel_vectors<Fp32>

@@ -1,19 +1,9 @@
-// One bf16 panel times many rows in matrix tiles (AMX). The rows are rounded to bf16 once, into blocks of 16 rows:
-// [C / 32][rows of the block][32], so that each tile is contiguous.
+// One bf16 panel times many rows in matrix tiles (AMX).
 #pragma once
-#include "panel.h"
+#include "tile_rows.h"
 
 #if defined(__AMX_BF16__)
 namespace apportion::APPORTION_ISA {
-
-constexpr int TILE_ROWS = 16;
-constexpr int TILE_K = 32;  // channels of one tile instruction
-
-// Where block b of the rows starts in the tile copy: every block but the last is full.
-APPORTION_INLINE const uint16_t* tile_block(const uint16_t* tiles, int64_t C, int64_t block) { return tiles + block * TILE_ROWS * padded(C); }
-
-// 32 floats to bf16 (to nearest even; subnormals become zero, as the tile instruction treats them).
-APPORTION_INLINE void store_tile_row(uint16_t* out, V low, V high) { _mm512_storeu_si512(out, (__m512i)_mm512_cvtne2ps_pbh(high, low)); }
 
 struct alignas(64) TileConfig {
   uint8_t palette = 1, start_row = 0, reserved[14] = {};

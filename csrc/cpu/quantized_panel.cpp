@@ -127,7 +127,7 @@ APPORTION_INLINE int64_t scaled_together(const PackedMatrix& w) {
   return x_group == 0 ? w.group() : smaller(x_group, w.group());
 }
 
-#if !defined(__AMX_BF16__)
+#if !defined(__AVX512BF16__)
 // ---- vectors ----------------------------------------------------------------------------------------------------------------
 
 template <DType D>
@@ -161,6 +161,38 @@ void multiply_quantized(const PackedMatrix& w, int64_t p, const Rows& rows, floa
         }
       }
       k = end;
+    }
+  }
+}
+
+#elif !defined(__AMX_BF16__)
+// ---- dot products of bf16 pairs -----------------------------------------------------------------------------------------------
+
+template <DType D>
+void multiply_quantized(const PackedMatrix& w, int64_t p, const Rows& rows, float* y, int64_t y_stride, CodeScratch& scratch) {
+  const int64_t depth = w.depth(), group = scaled_together(w);
+  for (int64_t first = 0; first < rows.count; first += CODE_ROWS) {
+    const int64_t last = smaller(rows.count, first + CODE_ROWS);
+    for (int64_t k = 0, end; k < depth; k = end) {
+      end = block_end(k, group, depth);
+      for (int64_t i = k / STEP; i < end / STEP; ++i) {
+        const std::byte* codes = w.codes(p) + i * Codes<D>::STEP_BYTES;
+        for (int64_t line = 0; line < Codes<D>::STEP_BYTES; line += 64) prefetch(codes + line + PREFETCH_BYTES);
+        Codes<D>::unpack(codes, scratch.pairs + (i - k / STEP) * STEP_NUMBERS);
+      }
+      in_dot_groups(rows.tiles, depth, first, last, rows.count, k, [&](int64_t row, int n, const uint16_t* x, int64_t x_stride) {
+        for (int64_t at = k, stop; at < end; at = stop) {
+          const int64_t group_end = smaller((at / group + 1) * group, depth);
+          stop = smaller(end, group_end);
+          const bool begins = at % group == 0, ends = stop == group_end;
+          float* unfinished = scratch.many + (row - first) * PANEL;
+          float* sums = begins && ends ? scratch.few : unfinished;
+          const std::byte* weights = reinterpret_cast<const std::byte*>(scratch.pairs + (at - k) * PANEL);
+          multiply_dot_rows<false>({.x = x + (at - k) / TILE_K * x_stride, .x_stride = x_stride, .weights = weights, .steps = (stop - at) / TILE_K,
+                                    .sums = begins ? nullptr : unfinished, .start = nullptr, .y = sums, .y_stride = PANEL, .columns = int(PANEL)}, n);
+          if (ends) add_group(w, p, at / group * group, sums, rows, row, n, y + row * y_stride, y_stride);
+        }
+      });
     }
   }
 }

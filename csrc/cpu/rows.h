@@ -1,7 +1,8 @@
-// The rows of x as a product takes them: as they are, or copied: reordered, rounded to codes, as matrix tiles, with the sums that zeros need.
+// The rows of x as a product takes them: as they are, or copied: reordered, rounded to codes, as bf16 tiles, with the sums that zeros need.
 // What is made of a row depends on that row alone.
 #pragma once
 #include "linear.h"
+#include "panel_dots.h"
 #include "panel_tiles.h"
 
 namespace apportion::APPORTION_ISA {
@@ -131,7 +132,7 @@ APPORTION_INLINE V load_upto(const float* p, int64_t n) { return n >= WIDTH ? lo
 // 32 numbers into the copy: element k of row r in a block of n rows that begins at `out`. Returns their sum as it was stored.
 template <typename Code>
 APPORTION_INLINE V store_numbers(const RowForm& form, float* out, int64_t n, int64_t r, int64_t k, Code&& code) {
-#if defined(__AMX_BF16__)
+#if defined(__AVX512BF16__)
   if (form.bytes) {
     int8_t* to = reinterpret_cast<int8_t*>(out) + (k / 64 * n + r) * 64 + k % 64;
     const __m512i low = _mm512_cvtps_epi32(code(0)), high = _mm512_cvtps_epi32(code(1));

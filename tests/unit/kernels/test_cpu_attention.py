@@ -10,7 +10,7 @@ from torch import Tensor
 
 from apportion.core.errors import Unsupported
 from apportion.core.kv_spec import UNIT_BYTES, KVGroupSpec, kv_format
-from apportion.kernels.cpu import extension
+from apportion.kernels.cpu import ROUNDS_ACTIVATIONS, extension
 from apportion.kernels.ops import AttentionSpec
 from apportion.kernels.reference.attention import ReferenceLatentAttention, ReferencePagedAttention
 
@@ -120,7 +120,7 @@ def reference(spec: AttentionSpec, requests: list[Request]) -> list[Tensor]:
 
 
 def rounds_inputs(isa: str, spec: AttentionSpec) -> bool:
-    return isa == "amx" and spec.kv.format.name == "bfloat16"
+    return spec.kv.format.name == "bfloat16" and spec.kv.format.name in ROUNDS_ACTIVATIONS.get(isa, ())
 
 
 def tolerance(isa: str, spec: AttentionSpec) -> dict[str, float]:

@@ -4,7 +4,7 @@ import pytest
 import torch
 
 from apportion.core.errors import InternalError, Unsupported
-from apportion.kernels.cpu import extension
+from apportion.kernels.cpu import ROUNDS_ACTIVATIONS, extension
 from apportion.kernels.ops import LinearSpec
 
 if not extension.available():
@@ -45,8 +45,8 @@ def packed(weight, dtype, bias=None, team=TEAM, row_steps=None):
 
 def expected(x, weight, dtype, bias, isa):
     w = weight.to(getattr(torch, dtype)).double()
-    if isa == "amx" and dtype == "bfloat16":
-        x = x.bfloat16()  # matrix tiles take bf16 operands
+    if dtype in ROUNDS_ACTIVATIONS.get(isa, ()):
+        x = x.bfloat16()
     y = x.double() @ w.T
     return y if bias is None else y + bias.double()
 

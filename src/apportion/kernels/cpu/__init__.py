@@ -9,8 +9,9 @@ from apportion.kernels.cpu import extension
 from apportion.kernels.dispatch import Capability, Implementation
 from apportion.platforms.platform import ComputeShare
 
-ROUNDS_ACTIVATIONS = {"amx": ("bfloat16", "e4m3", "e5m2", "int8", "int4", "int3", "int2")}  # matrix tiles multiply bf16 by bf16
-RANKS = {"generic": 10, "avx2": 20, "avx512": 30, "amx": 40}
+BF16_PRODUCTS = {"avx512bf16": "dot products of bf16 pairs", "amx": "bf16 matrix tiles"}  # sets that multiply bf16 by bf16, and how
+ROUNDS_ACTIVATIONS = dict.fromkeys(BF16_PRODUCTS, ("bfloat16", "e4m3", "e5m2", "int8", "int4", "int3", "int2"))
+RANKS = {"generic": 10, "avx2": 20, "avx512": 30, "avx512bf16": 35, "amx": 40}
 
 
 def _make(isa: str, share: ComputeShare | None) -> Any:

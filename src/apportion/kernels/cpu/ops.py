@@ -9,6 +9,7 @@ import torch
 from torch import Tensor
 
 from apportion.core.number_format import Scheme
+from apportion.kernels.cpu import BF16_PRODUCTS
 from apportion.kernels.cpu.attention import LatentAttention, PagedAttention, Rotary
 from apportion.kernels.cpu.elementwise import Elementwise
 from apportion.kernels.cpu.experts import PackedExperts
@@ -76,17 +77,12 @@ class CpuOps:
         if why:
             return f"the reference path, dequantized for every call: the packed kernels do not take it ({why})"
         parsed = Scheme.parse(scheme)
-        tiles = self.isa == "amx" and (parsed.weight.element == "bfloat16" or not parsed.weight.is_float)
-        if not tiles:
+        if self.isa not in BF16_PRODUCTS or (parsed.weight.is_float and parsed.weight.element != "bfloat16"):
             return "packed panels, multiplied in float32"
-        if (
-            parsed.weight.element == "int8"
-            and parsed.activation is not None
-            and parsed.activation.is_integer
-            and parsed.weight.block[1] % 64 == 0
-        ):
+        weight, activation = parsed.weight, parsed.activation
+        if self.isa == "amx" and weight.element == "int8" and activation is not None and activation.is_integer and weight.block[1] % 64 == 0:
             return "packed panels, multiplied in int8 matrix tiles"
-        return "packed panels, multiplied in bf16 matrix tiles"
+        return f"packed panels, multiplied in {BF16_PRODUCTS[self.isa]}"
 
     def paged_attention(self, spec: AttentionSpec, arena: Tensor) -> PagedAttention:
         self._module.select_isa(self.isa)
