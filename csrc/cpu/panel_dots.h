@@ -76,7 +76,7 @@ APPORTION_INLINE void in_dot_groups(const uint16_t* tiles, int64_t C, int64_t fi
 }
 
 // As in panel_tiles.h: weights of TILE_K_BLOCK channels stay in L1 while up to TILE_SUM_ROWS rows pass over them.
-constexpr int64_t TILE_K_BLOCK = 256, TILE_SUM_ROWS = 512, TILE_AHEAD_ROWS = 64;
+constexpr int64_t TILE_K_BLOCK = 256, TILE_SUM_ROWS = 512;
 constexpr size_t TILE_SCRATCH_BYTES = TILE_SUM_ROWS * PANEL * sizeof(float);
 
 // Panel p times all rows, in order of C for each. `scratch`: TILE_SCRATCH_BYTES of this thread.
@@ -86,8 +86,8 @@ constexpr size_t TILE_SCRATCH_BYTES = TILE_SUM_ROWS * PANEL * sizeof(float);
   const int columns = w.columns(p);
   for (int64_t first = 0; first < rows; first += TILE_SUM_ROWS) {
     const int64_t last = smaller(rows, first + TILE_SUM_ROWS), k_block = last - first <= DOT_ROWS_ONCE ? C : TILE_K_BLOCK;
-    const bool fetches = last - first >= TILE_AHEAD_ROWS;  // many rows have time to fetch the next block, each group a few lines
-    const int64_t lines = ceil_div(PANEL * TILE_K * 2 / 64, (last - first) / DOT_ROWS + 1);
+    const bool fetches = last - first > DOT_ROWS_ONCE;  // the next block, each group a part of it
+    const int64_t lines = ceil_div(PANEL * TILE_K * 2 / 64, ceil_div(last - first, DOT_ROWS));
     for (int64_t k = 0; k < C; k += k_block) {
       const int64_t n = smaller(k_block, C - k), steps = n / TILE_K;
       const bool ends = k + n == C;
