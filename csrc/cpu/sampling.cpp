@@ -23,7 +23,7 @@ constexpr float INF = std::numeric_limits<float>::infinity();
 
 int num_pieces(int n) { return (n + PIECE - 1) / PIECE; }
 
-// Scratch of one row. x and id are the candidates that top_k left; band: those among which top_p draws its line.
+// Scratch of one row. x and id are the candidates that top_k, or a bound of top_p, left; band: those among which top_p draws its line.
 struct Work {
   float *piece_max, *sorted_max, *mass, *x, *band_x, *band_mass;
   int32_t *id, *band_id, *order;
@@ -133,8 +133,13 @@ int select_top(const float* x, int n, int k, Work& work) {
   return kept;
 }
 
-// Elements of (low, high] of x[n] into the band, in order; their number. x may be the band itself. id nullptr: 0, 1, 2, ...
-int gather_band(const float* x, const float* mass, const int32_t* id, int n, float low, float high, Work& work) {
+// Elements of (low, high] of x[n] to `to`, in order; their number. `to` may be where they are. id nullptr: 0, 1, 2, ...
+struct Gathered {
+  float *x, *mass;
+  int32_t* id;
+};
+
+int gather(const float* x, const float* mass, const int32_t* id, int n, float low, float high, const Gathered& to) {
   int count = 0, i = 0;
 #if defined(__AVX512F__)
   const __m512i step = _mm512_setr_epi32(0, 1, 2, 3, 4, 5, 6, 7, 8, 9, 10, 11, 12, 13, 14, 15);
@@ -144,18 +149,18 @@ int gather_band(const float* x, const float* mass, const int32_t* id, int n, flo
     if (!inside) continue;
     const __m512i where = id ? _mm512_loadu_si512(id + i) : _mm512_add_epi32(_mm512_set1_epi32(i), step);
     const V m = load(mass + i);
-    store(work.band_x + count, _mm512_maskz_compress_ps(inside, a));
-    store(work.band_mass + count, _mm512_maskz_compress_ps(inside, m));
-    _mm512_storeu_si512(work.band_id + count, _mm512_maskz_compress_epi32(inside, where));
+    store(to.x + count, _mm512_maskz_compress_ps(inside, a));
+    store(to.mass + count, _mm512_maskz_compress_ps(inside, m));
+    _mm512_storeu_si512(to.id + count, _mm512_maskz_compress_epi32(inside, where));
     count += __builtin_popcount(inside);
   }
 #endif
   for (; i < n; ++i) {
     const float a = x[i], m = mass[i];
     const int32_t where = id ? id[i] : i;
-    work.band_x[count] = a;
-    work.band_mass[count] = m;
-    work.band_id[count] = where;
+    to.x[count] = a;
+    to.mass[count] = m;
+    to.id[count] = where;
     count += (a > low) & (a <= high);
   }
   return count;
@@ -176,13 +181,18 @@ void mass_above(const float* x, const float* mass, int n, const float* cuts, dou
   }
 }
 
-// The smallest logit of the smallest set of the largest whose mass reaches `wanted`. Of those equal to it, the ids beyond the set
-// lose their mass.
-float find_nucleus(const float* x, int n, float top, float temperature, double wanted, double total, Work& work) {
-  // An element lighter than 1/n of what may be left out cannot be in the set: all of its kind together can be left out.
+// What no member of the smallest set of mass `wanted` lies below: an element lighter than 1/n of what may be left out is not in it, as
+// all of its kind together can be left out.
+float nucleus_bound(int n, float top, float temperature, double wanted, double total) {
   const double lightest = std::log(std::max((total - wanted) / n, 1e-300)) - 1e-4;
-  float low = float(top + temperature * lightest - 1e-6 * std::abs(top)), high = top;
-  if (!(low > -FLT_MAX)) low = -FLT_MAX;
+  const float low = float(top + temperature * lightest - 1e-6 * std::abs(top));
+  return low > -FLT_MAX ? low : -FLT_MAX;
+}
+
+// The smallest logit of the smallest set of the largest whose mass reaches `wanted`; all of it lies above `low`. Of those equal to
+// it, the ids beyond the set lose their mass.
+float find_nucleus(const float* x, int n, float low, float top, double wanted, Work& work) {
+  float high = top;
   const float *band_x = x, *band_mass = work.mass;
   const int32_t* band_id = nullptr;
   int count = n;
@@ -200,7 +210,7 @@ float find_nucleus(const float* x, int n, float top, float temperature, double w
       }
       above = before + mass[c], high = cuts[c];
     }
-    count = gather_band(band_x, band_mass, band_id, count, low, high, work);
+    count = gather(band_x, band_mass, band_id, count, low, high, {work.band_x, work.band_mass, work.band_id});
     band_x = work.band_x, band_mass = work.band_mass, band_id = work.band_id;
   }
   int32_t* order = work.order;
@@ -266,7 +276,17 @@ int32_t sample(const float* logits, int size, const SamplingRow& row, std::byte*
   }
   double total = weigh(x, n, top, std::min(1.f / row.temperature, FLT_MAX), work.mass, work.piece_sum);
   if (row.top_p < 1.f || row.min_p > 0.f) {
-    const float last = row.top_p < 1.f ? find_nucleus(x, n, top, row.temperature, double(row.top_p) * total, total, work) : -FLT_MAX;
+    float last = -FLT_MAX;
+    if (row.top_p < 1.f) {
+      const double wanted = double(row.top_p) * total;
+      const float low = nucleus_bound(n, top, row.temperature, wanted, total);
+      if (x == logits) {  // most of a large vocabulary lies below
+        n = gather(logits, work.mass, nullptr, n, low, top, {work.x, work.mass, work.id});
+        x = work.x;
+        std::fill(work.mass + n, work.mass + n + WIDTH, 0.f);  // what the last vector holds beyond them
+      }
+      last = find_nucleus(x, n, low, top, wanted, work);
+    }
     total = cut_mass(x, n, last, row.min_p, work);
   }
   const int chosen = pick(n, row.uniform * total, work);
