@@ -79,8 +79,8 @@ class CpuOps:
         parsed = Scheme.parse(scheme)
         if self.isa not in BF16_PRODUCTS or (parsed.weight.is_float and parsed.weight.element != "bfloat16"):
             return "packed panels, multiplied in float32"
-        weight, activation = parsed.weight, parsed.activation
-        if self.isa == "amx" and weight.element == "int8" and activation is not None and activation.is_integer and weight.block[1] % 64 == 0:
+        rounds_to_integers = parsed.activation is not None and parsed.activation.is_integer
+        if self.isa == "amx" and parsed.weight.element == "int8" and rounds_to_integers and parsed.weight.block[1] % 64 == 0:
             return "packed panels, multiplied in int8 matrix tiles"
         return f"packed panels, multiplied in {BF16_PRODUCTS[self.isa]}"
 
