@@ -1,9 +1,13 @@
 """Whole models in our number formats and llama.cpp's, interleaved: in every round each runs the same case once, all others stopped.
 
     python benchmarks/quantized_models.py [--model bench-250m] [--cases decode-1,decode-8,decode-16,prefill-512] [--rounds 3] [--write]
+    python benchmarks/quantized_models.py --model bench-moe --cases moe-decode-1 --ours "w4a16,lm_head=w8a16" --theirs q4_0 --write
+    python benchmarks/quantized_models.py --cases decode-8k --ours "w4a16,lm_head=w8a16;w4a16,lm_head=w8a16+kv=fp8" --theirs "" --write
+    python benchmarks/quantized_models.py --table
 
 Beside every rate stands how the matrices are stored; embeddings are bf16 on our side and what llama.cpp's own quantizer makes of them on
-its (they are gathered, not read), norms float32. The floor: the bytes of all matrices over the bandwidth measured in the same run.
+its (they are gathered, not read), norms float32. The floor: the bytes of the matrices and cached tokens of a step over the bandwidth
+measured in the same run. --write keeps the results and writes the table of docs/quantization.md, as --table does from what was kept.
 """
 
 from __future__ import annotations
@@ -14,6 +18,7 @@ import json
 import statistics
 import subprocess
 import sys
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -22,8 +27,8 @@ from apportion.bench.make_model import PRESETS, make_model, tensor_shapes
 from apportion.core.number_format import NumberFormat
 
 sys.path.insert(0, str(Path(__file__).parent))
-from compare_peers import CASES, MODELS, ROOT, Process, Variant
-from run_all import machine
+from compare_peers import CASES, MODELS, ROOT, Case, Process, Variant
+from run_all import RESULTS, machine
 
 OURS = (
     "bfloat16",
@@ -47,18 +52,51 @@ STORED = {  # linears, lm_head
     "q4_0": ("int4_g32_f16", "Q6_K"),
 }
 Q6_K_BITS = 6.5625
+CASES = CASES | {"decode-8k": Case("bench-250m", 1, 8192, 33, {})}
+PAGE = ROOT / "docs" / "quantization.md"
+BEGIN, END = "<!-- speed: written by benchmarks/quantized_models.py -->", "<!-- speed: end -->"
 
 
-def matrix_bytes(model: str, dtype: str) -> float:
-    """Of all matrices that a token of a dense model is multiplied by."""
-    linears, head = STORED[dtype]
+@dataclass(frozen=True)
+class Bar:
+    """ours and theirs: the engines and dtypes whose best is taken. least: ratio to reach."""
+
+    title: str
+    case: str
+    ours: tuple[str, ...]
+    theirs: str
+    least: float
+
+
+INT8, INT4 = ("apportion int8,lm_head=int8", "apportion w8a16,lm_head=w8a16"), ("apportion w4a16,lm_head=w8a16",)
+BARS = (
+    *(Bar(f"int8 decode, batch {n}", f"decode-{n}", INT8, "llama_cpp q8_0", least) for n, least in ((1, 1.7), (8, 2.5), (16, 1.8))),
+    *(Bar(f"int4 decode, batch {n}", f"decode-{n}", INT4, "llama_cpp q4_0", least) for n, least in ((1, 1.6), (8, 2.3), (16, 2.3))),
+    Bar("int4 prefill, 512", "prefill-512", INT4, "llama_cpp q4_0", 1.3),
+    Bar("fp8 decode, batch 1", "decode-1", ("apportion fp8", "apportion fp8,lm_head=e4m3_channel"), "apportion bfloat16", 1.6),
+    Bar("mixture, int4 decode, batch 1", "moe-decode-1", INT4, "llama_cpp q4_0", 1.5),
+    Bar("fp8 KV, int4 decode at 8k", "decode-8k", ("apportion w4a16,lm_head=w8a16+kv=fp8",), "apportion w4a16,lm_head=w8a16", 1.2),
+)
+
+
+def matrix_bytes(model: str, dtype: str, batch: int = 1) -> float:
+    """Of all matrices that a step of `batch` tokens reads; experts as expected when each token picks its own evenly."""
+    linears, head = STORED[dtype.partition("+")[0]]
+    config = PRESETS[model]
+    unpicked = (1 - config["num_experts_per_tok"] / config["num_experts"]) ** batch if "num_experts" in config else 0.0
     total = 0.0
     for name, shape in tensor_shapes(PRESETS[model]):
         if len(shape) == 2 and "embed" not in name:
             stored = head if name.startswith("lm_head") else linears
             bits = Q6_K_BITS if stored == "Q6_K" else NumberFormat.parse(stored).bits_per_weight(*shape)
-            total += shape[0] * shape[1] * bits / 8
+            total += shape[0] * shape[1] * bits / 8 * (1 - unpicked if ".experts." in name else 1.0)
     return total
+
+
+def cached_bytes(model: str, dtype: str) -> float:
+    """Of the keys and values of one token: 16 bits unless the dtype says otherwise."""
+    config = PRESETS[model]
+    return 2 * config["num_hidden_layers"] * config["num_key_value_heads"] * config["head_dim"] * (1 if dtype.endswith("+kv=fp8") else 2)
 
 
 def measure(model: str, cases: list[str], ours: list[str], theirs: list[str], rounds: int, threads: int) -> dict[str, Any]:
@@ -80,18 +118,54 @@ def measure(model: str, cases: list[str], ours: list[str], theirs: list[str], ro
             results["cases"][name] = {}
             for engine, values in rates.items():
                 dtype = engine.partition(" ")[2]
-                nbytes, rate = matrix_bytes(model, dtype), statistics.median(values)
-                floor = None if case.is_prefill else case.batch / bandwidth.floor_s(nbytes)
-                results["cases"][name][engine] = {"tokens_per_s": rate, "rounds": values, "stored": STORED[dtype], "matrix_bytes": nbytes}
+                nbytes, rate = matrix_bytes(model, dtype, case.batch), statistics.median(values)
+                context = case.batch * (case.prompt_len + case.output_len / 2) * cached_bytes(model, dtype)
+                floor = None if case.is_prefill else case.batch / bandwidth.floor_s(nbytes + context)
+                stored = STORED[dtype.partition("+")[0]]
+                results["cases"][name][engine] = {
+                    "tokens_per_s": rate, "rounds": values, "stored": stored, "matrix_bytes": nbytes, "floor_tokens_per_s": floor,
+                }  # fmt: skip
                 of_floor = "" if floor is None else f"{rate / floor:6.1%} of the floor"
-                print(
-                    f"{name:12} {engine:36} {' + '.join(STORED[dtype]):32} {nbytes / 1e6:6.0f} MB {rate:8.1f} tok/s {of_floor}", flush=True
-                )
+                print(f"{name:12} {engine:36} {' + '.join(stored):32} {nbytes / 1e6:6.0f} MB {rate:8.1f} tok/s {of_floor}", flush=True)
     finally:
         for process in processes:
             process.end()
     results["bandwidth"] = max(bandwidth, measure_bandwidth(threads), key=lambda measured: measured.best).as_dict()
     return results
+
+
+def table() -> str:
+    """Bars and what was measured, from the newest results of each case."""
+    newest: dict[str, tuple[dict[str, Any], dict[str, Any]]] = {}
+    kept = [json.loads(path.read_text()) for path in RESULTS.glob("quantized-*.json")]
+    for results in sorted(kept, key=lambda results: results["date"]):
+        newest |= {case: (results, found) for case, found in results["cases"].items()}
+    lines = ["| | ours, tok/s (stored, share of the floor) | against, tok/s (stored) | ratio | to reach | |", "|---|---|---|---|---|---|"]
+    for bar in BARS:
+        found = newest.get(bar.case, ({}, {}))[1]
+        ours = max((name for name in bar.ours if name in found), key=lambda name: found[name]["tokens_per_s"], default=None)
+        if ours is None or bar.theirs not in found:
+            lines.append(f"| {bar.title} | | | | {bar.least}x | not measured |")
+            continue
+        own, other = found[ours], found[bar.theirs]
+        floor = own["floor_tokens_per_s"]
+        share = "" if floor is None else f", {own['tokens_per_s'] / floor:.0%}"
+        ratio = statistics.median(a / b for a, b in zip(own["rounds"], other["rounds"], strict=True))
+        lines.append(
+            f"| {bar.title} | {own['tokens_per_s']:.0f} ({' + '.join(own['stored'])}{share}) | {bar.theirs} {other['tokens_per_s']:.0f} "
+            f"({' + '.join(other['stored'])}) | {ratio:.2f}x | {bar.least}x | {'met' if ratio >= bar.least else 'missed'} |"
+        )
+    about = {(r["machine"]["processor"], ", ".join(r["machine"]["sets"]), r["commit"]) for r, _ in newest.values()}
+    measured = "; ".join(f"{processor} ({sets}), commit {commit}" for processor, sets, commit in sorted(about))
+    return f"Two threads, interleaved rounds, medians: {measured}. Stored: linears + output projection.\n\n" + "\n".join(lines)
+
+
+def write_page() -> None:
+    head, begin, rest = PAGE.read_text("utf-8").partition(BEGIN)
+    _, end, tail = rest.partition(END)
+    if not begin or not end:
+        sys.exit(f"{PAGE.relative_to(ROOT)} has lost its markers: {BEGIN} and {END}")
+    PAGE.write_text(f"{head}{BEGIN}\n\n{table()}\n\n{END}{tail}", encoding="utf-8")
 
 
 def main() -> None:
@@ -102,8 +176,11 @@ def main() -> None:
     parser.add_argument("--theirs", default="q8_0,q4_0")
     parser.add_argument("--rounds", type=int, default=3)
     parser.add_argument("--threads", type=int, default=2)
-    parser.add_argument("--write", action="store_true", help="keep the results in benchmarks/results")
+    parser.add_argument("--write", action="store_true", help="keep the results in benchmarks/results, and write the page's table")
+    parser.add_argument("--table", action="store_true", help="write the page's table from what was kept, and measure nothing")
     args = parser.parse_args()
+    if args.table:
+        return write_page()
     theirs = [dtype for dtype in args.theirs.split(",") if dtype]
     results = measure(args.model, args.cases.split(","), args.ours.split(";"), theirs, args.rounds, args.threads)
     if args.write:
@@ -112,8 +189,9 @@ def main() -> None:
             ["git", "rev-parse", "--short", "HEAD"], cwd=ROOT, capture_output=True, text=True, check=True
         ).stdout.strip()
         about = {"machine": machine(), "date": today, "commit": commit, "command": " ".join(["python", *sys.argv])}
-        path = ROOT / "benchmarks" / "results" / f"quantized-{args.model}-{today}.json"
+        path = RESULTS / f"quantized-{args.model}-{'-'.join(args.cases.split(','))}-{today}.json"
         path.write_text(json.dumps(about | results, indent=1) + "\n")
+        write_page()
 
 
 if __name__ == "__main__":

@@ -15,15 +15,19 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("model")
     parser.add_argument("--threads", type=int, default=2)
-    parser.add_argument("--dtype", default="bfloat16", help="bfloat16, float32, float16, or what to quantize to: w4a16,lm_head=w8a16")
+    parser.add_argument(
+        "--dtype", default="bfloat16", help="bfloat16, float32, float16, or what to quantize to: w4a16,lm_head=w8a16+kv=fp8"
+    )
     args = parser.parse_args()
-    plain = args.dtype in ("bfloat16", "float32", "float16")
+    weights, _, cache = args.dtype.partition("+kv=")
+    plain = weights in ("bfloat16", "float32", "float16")
     llm = apportion.LLM(
         args.model,
-        dtype=args.dtype if plain else "bfloat16",
-        quantization=None if plain else args.dtype,
+        dtype=weights if plain else "bfloat16",
+        quantization=None if plain else weights,
+        kv_cache_dtype=cache or "auto",
         num_threads=args.threads,
-        max_model_len=2048,
+        max_model_len=9216,
         max_num_batched_tokens=2048,
         enable_prefix_caching=False,
         kv_cache_memory=1 << 30,

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 from collections.abc import Iterable, Sequence
 from pathlib import Path
 from typing import Any
@@ -11,6 +10,7 @@ from apportion.compress.quantize import Progress, quantize_checkpoint
 from apportion.compress.recipe import Recipe, read_recipe
 from apportion.compress.report import write_report
 from apportion.core.errors import InvalidParameter
+from apportion.evaluate.text import is_jsonl, read_documents, read_jsonl, read_text
 from apportion.models.checkpoint import resolve_folder
 from apportion.processor.tokenizer import Tokenizer
 
@@ -62,8 +62,6 @@ def quantize(
 def _documents(evaluate: str | Path | Sequence[str] | None) -> list[str]:
     if evaluate is None:
         return []
-    from apportion.evaluate.text import read_documents
-
     return read_documents(Path(evaluate)) if isinstance(evaluate, (str, Path)) else list(evaluate)
 
 
@@ -94,19 +92,15 @@ def calibration_tokens(
 
 
 def _read(path: Path) -> list[str]:
-    try:
-        content = path.read_text("utf-8")
-    except (OSError, UnicodeDecodeError) as error:
-        raise InvalidParameter(f"calibration file {path} cannot be read: {error}") from error
-    if path.suffix != ".jsonl":
-        return [content]
+    """The texts of a calibration file, plain or packed (.gz, .xz)."""
+    if not is_jsonl(path):
+        return [read_text(path)]
     texts = []
-    for number, line in enumerate(content.splitlines(), 1):
+    for number, row in enumerate(read_jsonl(path), 1):
         try:
-            row = json.loads(line)
             text = row["text"] if "text" in row else row["prompt"] if "prompt" in row else _joined(row["messages"])
-        except (ValueError, KeyError, TypeError) as error:
-            raise InvalidParameter(f"{path}:{number} must be an object with 'text', 'prompt' or 'messages'") from error
+        except (KeyError, TypeError) as error:
+            raise InvalidParameter(f"entry {number} of {path} must have 'text', 'prompt' or 'messages'") from error
         texts.append(text)
     return texts
 

@@ -130,7 +130,7 @@ def file_samples(path: Path, num: int, *, prompt_field: str = "prompt", output_l
     if not path.is_file():
         raise InvalidParameter(f"there is no file of prompts {path}")
     samples = []
-    for number, line in enumerate(path.read_text(encoding="utf-8").splitlines(), start=1):
+    for number, line in enumerate(path.read_text(encoding="utf-8").rstrip("\n").split("\n"), start=1):
         try:
             row = json.loads(line)
             prompt = row[prompt_field]

@@ -84,7 +84,7 @@ def _prompts(args: argparse.Namespace) -> list[str]:
         text = args.input.read_text("utf-8") if args.input else sys.stdin.read()
     except (OSError, UnicodeDecodeError) as error:
         raise InvalidRequest(f"the prompts cannot be read: {error}") from error
-    lines = [line for line in text.splitlines() if line.strip()]
+    lines = [line for line in text.split("\n") if line.strip()]
     if args.input and args.input.suffix == ".jsonl":
         return [_prompt_of(line, number) for number, line in enumerate(lines, 1)]
     if not lines:

@@ -47,9 +47,12 @@ def is_jsonl(path: Path) -> bool:
 
 
 def read_jsonl(path: Path) -> list[dict[str, Any]]:
-    """The objects of a .jsonl file. Errors: InvalidParameter naming file and line."""
+    """The objects of a .jsonl file. Lines end with a line feed alone: a text may hold other separators.
+
+    Errors: InvalidParameter naming file and line.
+    """
     objects = []
-    for number, line in enumerate(read_text(path).splitlines(), 1):
+    for number, line in enumerate(read_text(path).split("\n"), 1):
         if not line.strip():
             continue
         try:

@@ -168,7 +168,7 @@ def test_an_interrupted_run_goes_on(tmp_path, monkeypatch):
         ({"scheme": "w4a16", "method": "smoothquant"}, "which int4_g128 does not round"),
         ({"format": "gguf"}, "unknown format 'gguf'"),
         ({"calibration": [[1, 2, 3]], "token_weights": [[1.0]]}, "one number for each calibration token"),
-        ({"calibration": "/nowhere.txt"}, "calibration file /nowhere.txt cannot be read"),
+        ({"calibration": "/nowhere.txt"}, "/nowhere.txt cannot be read"),
     ],
 )
 def test_refusals(tmp_path, options, said):

@@ -43,8 +43,8 @@ def test_windows_that_cannot_be(window, stride):
 def test_documents_of_files(tmp_path):
     (tmp_path / "a.txt").write_text("one\ntwo")
     with lzma.open(tmp_path / "b.jsonl.xz", "wt") as file:
-        file.write('{"text": "x"}\n\n{"text": "y", "more": 1}\n')
-    assert read_documents(tmp_path / "a.txt") == ["one\ntwo"] and read_documents(tmp_path / "b.jsonl.xz") == ["x", "y"]
+        file.write('{"text": "x\u2028x"}\n\n{"text": "y", "more": 1}\n')
+    assert read_documents(tmp_path / "a.txt") == ["one\ntwo"] and read_documents(tmp_path / "b.jsonl.xz") == ["x\u2028x", "y"]
 
 
 @pytest.mark.parametrize(

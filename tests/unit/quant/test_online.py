@@ -10,8 +10,9 @@ import pytest
 import torch
 
 from apportion.core.errors import CheckpointError, InvalidParameter
-from apportion.core.number_format import NumberFormat
+from apportion.core.number_format import NumberFormat, Scheme
 from apportion.kernels.reference.number_formats import dequantize, quantize
+from apportion.quant.checkpoint import online
 from tests.unit.models.conftest import dense_logits
 from tests.unit.quant import packers
 from tests.unit.quant.test_checkpoints import TOKENS, load, loaded_weights
@@ -52,45 +53,49 @@ CONFIG = packers.CONFIG | {
     "hidden_size": 1024, "intermediate_size": 2816, "num_attention_heads": 16, "num_key_value_heads": 8, "num_hidden_layers": 4,
     "vocab_size": 4096, "dtype": "bfloat16",
 }  # fmt: skip
+SHAPES = {
+    "self_attn.q_proj": (1024, 1024), "self_attn.k_proj": (512, 1024), "self_attn.v_proj": (512, 1024), "self_attn.o_proj": (1024, 1024),
+    "mlp.gate_proj": (2816, 1024), "mlp.up_proj": (2816, 1024), "mlp.down_proj": (1024, 2816),
+}  # fmt: skip
 LAYER_BYTES = 2 * (2 * 1024 * 1024 + 2 * 512 * 1024 + 3 * 1024 * 2816)
 MEASURE = """
 import gc, json, re, sys, torch
 torch.set_num_threads(1)
 from apportion.core.config import ModelConfig
-from apportion.kernels.reference.ops import ReferenceOps
+from apportion.kernels.dispatch import select_ops
 from apportion.models.checkpoint import read_spec
 from apportion.models.loader import load_model
+from apportion.platforms.platform import select_platform
 from pathlib import Path
+
+ops = select_ops(select_platform("cpu"))
 
 def memory(key):
     return int(re.search(key + r":\\s+(\\d+) kB", Path("/proc/self/status").read_text())[1]) * 1024
 
 folder, small = sys.argv[1], sys.argv[2]
 def load(folder, quantization):
-    return load_model(ModelConfig(model=folder, quantization=quantization), read_spec(Path(folder)), ReferenceOps())
+    return load_model(ModelConfig(model=folder, quantization=quantization), read_spec(Path(folder)), ops)
 load(small, sys.argv[3])  # imports and first uses are not the model's
 gc.collect()
 Path("/proc/self/clear_refs").write_text("5")
-before = memory("VmRSS")
-nbytes = load(folder, sys.argv[3]).manifest["nbytes"]
-print(json.dumps([memory("VmHWM") - before, nbytes]))
+before, without_files = memory("VmRSS"), memory("RssAnon") + memory("RssShmem")
+loaded = load(folder, sys.argv[3])
+gc.collect()
+print(json.dumps([memory("VmHWM") - before, memory("RssAnon") + memory("RssShmem") - without_files, loaded.manifest["nbytes"]]))
 """
 
 
 @pytest.fixture(scope="module")
 def folders(tmp_path_factory):
     root = tmp_path_factory.mktemp("peak")
-    hidden, ffn, kv = 1024, 2816, 512
-    shapes = {
-        "self_attn.q_proj": (hidden, hidden), "self_attn.k_proj": (kv, hidden), "self_attn.v_proj": (kv, hidden),
-        "self_attn.o_proj": (hidden, hidden), "mlp.gate_proj": (ffn, hidden), "mlp.up_proj": (ffn, hidden), "mlp.down_proj": (hidden, ffn),
-    }  # fmt: skip
+    hidden = CONFIG["hidden_size"]
     tensors = {"model.embed_tokens.weight": torch.zeros(4096, hidden), "lm_head.weight": torch.zeros(4096, hidden)}
     tensors["model.norm.weight"] = torch.ones(hidden)
     for layer in range(4):
         for norm in ("input_layernorm", "post_attention_layernorm"):
             tensors[f"model.layers.{layer}.{norm}.weight"] = torch.ones(hidden)
-        tensors |= {f"model.layers.{layer}.{name}.weight": torch.empty(shape).uniform_(-1, 1) for name, shape in shapes.items()}
+        tensors |= {f"model.layers.{layer}.{name}.weight": torch.empty(shape).uniform_(-1, 1) for name, shape in SHAPES.items()}
     small = packers.write(root / "small", packers.floats())
     folder = packers.write(root / "large", {key: tensor.bfloat16() for key, tensor in tensors.items()})
     (folder / "config.json").write_text(json.dumps(CONFIG))
@@ -100,11 +105,16 @@ def folders(tmp_path_factory):
 @pytest.mark.skipif(not sys.platform.startswith("linux"), reason="reads /proc/self/status")
 @pytest.mark.parametrize("quantization", ["fp8", "fp8_block", "int8", "w4a16"])
 def test_memory_peaks_at_the_quantized_model_and_one_layer(folders, quantization):
+    """And what stays in memory is what the formats store, within 3 % and a huge page at either end."""
     folder, small = folders
     done = subprocess.run(
         [sys.executable, "-c", MEASURE, str(folder), str(small), quantization], capture_output=True, text=True, timeout=300
     )
     assert done.returncode == 0, done.stderr[-2000:]
-    peak, nbytes = json.loads(done.stdout)
+    peak, resident, nbytes = json.loads(done.stdout)
     assert nbytes < {"w4a16": 0.4, "fp8": 0.6, "fp8_block": 0.6, "int8": 0.6}[quantization] * (folder / "model.safetensors").stat().st_size
     assert peak <= nbytes + LAYER_BYTES, f"{peak / 1e6:.0f} MB at the peak, {nbytes / 1e6:.0f} packed, {LAYER_BYTES / 1e6:.0f} a layer"
+    fmt = Scheme.parse(online(quantization, "bfloat16").of("model.layers.0.mlp.up_proj").scheme).weight
+    linears = sum(fmt.stored_bytes(*shape) for shape in SHAPES.values()) * CONFIG["num_hidden_layers"]
+    stored = linears + 2 * 2 * CONFIG["vocab_size"] * CONFIG["hidden_size"]  # two tables in bfloat16
+    assert abs(resident - stored) <= 0.03 * stored + 2 * (2 << 20), f"{resident / 1e6:.1f} MB resident, {stored / 1e6:.1f} stored"
