@@ -27,6 +27,7 @@ from apportion.models.interface import CausalLM
 from apportion.models.registry import MODELS, SPELLINGS
 from apportion.parallel.groups import ParallelGroup
 from apportion.platforms.arena import Arena
+from apportion.platforms.memory import trim_heap
 from apportion.quant.checkpoint import is_quantized, read_records
 from apportion.quant.scheme import LinearRecords
 
@@ -35,7 +36,7 @@ MANIFEST_FORMAT = 2
 HARMLESS = (r"\.rotary_emb\.inv_freq$",)  # buffers that old checkpoints carry and no model needs
 DUMMY_SCALE = 0.035  # uniform in +-this: the spread of the usual normal(0, 0.02)
 
-Progress = Callable[[int, int], None]
+Progress = Callable[[int, int], None]  # (bytes done, bytes in all)
 
 
 @dataclass(frozen=True, slots=True)
@@ -59,9 +60,7 @@ def load_model(
     progress: Progress | None = None,
     create_arena: Callable[[int], Arena] = Arena.create,
 ) -> LoadedModel:
-    """Build the model of `spec`, pack this rank's part of the checkpoint `config.model` into a new arena.
-
-    progress: called with (bytes done, bytes in all). create_arena: the platform's.
+    """Build the model of `spec`, pack this rank's part of the checkpoint `config.model` into a new arena. create_arena: the platform's.
     Errors: CheckpointError naming missing, unexpected, misshapen or truncated tensors.
     """
     records = read_model_records(config, spec)
@@ -79,6 +78,7 @@ def load_model(
         arena = create_arena(manifest["nbytes"])  # after the checks: a bad checkpoint costs no memory
         _bind(layers, manifest, arena)
         _stream(checkpoint, sources, progress or _silent)
+        trim_heap()
     return LoadedModel(model, arena, manifest)
 
 

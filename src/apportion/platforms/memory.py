@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import ctypes
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -22,6 +23,12 @@ def free_memory() -> int:
 def pss_bytes(pid: int | str = "self") -> int:
     """Proportional set size of a process: a page that n processes map counts 1 / n in each."""
     return _field(PROC / str(pid) / "smaps_rollup", "Pss:") * 1024
+
+
+def trim_heap() -> None:
+    """Give freed memory back to the system, where the C library can: large temporaries otherwise stay in the process."""
+    if trim := getattr(ctypes.CDLL(None), "malloc_trim", None):  # glibc
+        trim(0)
 
 
 def cgroup_folders(controller: str) -> Iterator[tuple[Path, bool]]:
