@@ -9,12 +9,13 @@ import asyncio
 import contextlib
 import logging
 import time
+from collections import Counter
 from collections.abc import Awaitable, Callable, Sequence
 from itertools import count
 from typing import Any
 
 from apportion.core import errors
-from apportion.core.errors import ApportionError, InternalError
+from apportion.core.errors import ApportionError, InternalError, InvalidRequest
 from apportion.core.outputs import SequenceDelta
 from apportion.serving.engine_link import EngineLink
 from apportion.serving.messages import (
@@ -58,7 +59,7 @@ class AsyncEngine:
     """One engine process and those who wait for it.
 
     make_link: starts a process. on_models: awaited with every change of a model's state, before anything else is told. on_fatal: called
-    when the server cannot go on; its text says why. max_sequences: that may be open at once.
+    when the server cannot go on; its text says why. max_sequences: of one model that may be open at once.
     """
 
     def __init__(
@@ -83,7 +84,7 @@ class AsyncEngine:
         self._supervisor: asyncio.Task[None] | None = None
         self.is_ready = False
         self.num_deaths = 0
-        self.num_open = 0  # sequences
+        self._num_open: Counter[str] = Counter()  # sequences, by model
         self.last_words: LastWords | None = None
         self.status: Status | None = None
         self.status_time = time.monotonic()
@@ -115,15 +116,18 @@ class AsyncEngine:
         self._link.process.kill()
 
     async def generate(self, requests: Sequence[Generate]) -> Stream:
-        """Hand requests over; returns once all are accepted.
+        """Hand requests of one model over; returns once all are accepted.
 
-        Errors: QueueFull; EngineDead; whatever the engine refuses a request with.
+        Errors: InvalidRequest for more sequences than there will ever be room for; QueueFull; EngineDead; whatever the engine refuses a
+        request with.
         """
         self._require_ready()
-        stream = Stream(requests)
-        if self.num_open and self.num_open + stream.num_choices > self._max_sequences:
-            raise QueueFull(f"{self.num_open} sequences are running or waiting and the server takes {self._max_sequences}; try again later")
-        self.num_open += stream.num_choices
+        stream, model, limit = Stream(requests), requests[0].model, self._max_sequences
+        if stream.num_choices > limit:
+            raise InvalidRequest(f"the request asks for {stream.num_choices} sequences, its prompts times n, and the server takes {limit}")
+        if self._num_open[model] + stream.num_choices > limit:
+            raise QueueFull(f"{self._num_open[model]} sequences of {model} run or wait and the server takes {limit}; try again later")
+        self._num_open[model] += stream.num_choices
         for request in requests:
             self._streams[request.request_id] = stream
             self._records[request.request_id] = RequestRecord(request)
@@ -257,7 +261,7 @@ class AsyncEngine:
     def _close(self, request_id: str, finished: Finished | None) -> None:
         del self._streams[request_id]
         record = self._records.pop(request_id)
-        self.num_open -= record.request.params.n
+        self._num_open[record.request.model] -= record.request.params.n
         self._metrics.on_end(record, finished)
 
     def _accept(self, event: Accepted) -> None:

@@ -15,10 +15,13 @@ class ServeConfig:
     """models: name -> folder or hub id, in the order given; aliases: further names for these. preload: names to load at start.
     engine: keywords of core.keywords.
 
-    trust_request_chat_template: let requests bring their own; a template can loop for as long as it likes.
-    api_key: any of these opens the API; empty for an open server. metrics_port: /metrics moves there, without a key. Times in seconds.
-    max_queued_requests: sequences that may wait beside the max_num_seqs that run. request_timeout: from arrival to the last token.
-    body_timeout: for a request's body to arrive. step_timeout: without a finished step for so long, a busy engine is not ready.
+    enable_auto_tool_choice: let models decide to call a tool. trust_request_chat_template: let requests bring their own; a template
+    can loop for as long as it likes. api_key: any of these opens the API; empty for an open server. metrics_port: /metrics moves
+    there, without a key. max_queued_requests: sequences of a model that may wait beside the max_num_seqs that run.
+
+    Times in seconds. request_timeout: from arrival to the last token. body_timeout: for a request's body to arrive. step_timeout:
+    without a finished step for so long, a busy engine is not ready.
+
     model_memory: bytes for the weights of loaded models; None is what memory leaves.
     max_engine_restarts: deaths of the engine process before the server gives up. version: what /version tells.
     """
@@ -43,12 +46,13 @@ class ServeConfig:
     ssl_cert_reqs: int = 0
     root_path: str = ""
     chat_template: str | None = None
+    enable_auto_tool_choice: bool = True
     tool_call_parser: str = "auto"
     reasoning_parser: str = "auto"
     trust_request_chat_template: bool = False
     generation_config: str = "auto"
     max_body_bytes: int = 32 * 2**20
-    max_queued_requests: int = 1024
+    max_queued_requests: int = 2048  # as many prompts as OpenAI takes in one request
     request_timeout: float | None = None
     body_timeout: float = 30.0
     timeout_keep_alive: int = 5

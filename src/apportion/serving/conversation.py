@@ -67,15 +67,20 @@ class Conversation:
 
 
 class ChatFormat:
-    """How the model of `tokenizer` is talked to. tool_parser, reasoning_parser: "auto" or a name; reasoning also "none"."""
+    """How the model of `tokenizer` is talked to. tool_parser, reasoning_parser: "auto" or a name; reasoning also "none".
 
-    def __init__(self, tokenizer: Tokenizer, tool_parser: str = "auto", reasoning_parser: str = "auto") -> None:
+    auto_tools: whether the model may decide by itself to call one.
+    """
+
+    def __init__(self, tokenizer: Tokenizer, tool_parser: str = "auto", reasoning_parser: str = "auto", auto_tools: bool = True) -> None:
         self._tokenizer = tokenizer
-        self._tool_parser = tool_parser
+        self._tool_parser, self._auto_tools = tool_parser, auto_tools
         self.thinks = _thinks(tokenizer) if reasoning_parser == "auto" else reasoning_parser != "none"
 
     def render(self, chat: Conversation, *, add_generation_prompt: bool = True, continues: bool = False) -> str:
         """The prompt. continues: it ends within the last message, for the model to go on writing it."""
+        if chat.tools and chat.tool_choice == "auto" and not self._auto_tools:
+            raise InvalidParameter("tool_choice is auto, which this server was told to refuse; say none, required or a function's name")
         template = self._tokenizer.chat_template if chat.template is None else self._tokenizer.compile_template(chat.template)
         messages = [_template_message(message) for message in chat.messages]
         begins_turn = add_generation_prompt and not continues

@@ -26,12 +26,14 @@ import zmq
 from apportion.core.errors import ApportionError, InvalidParameter
 from apportion.core.grammar import Grammar
 from apportion.core.request import Request, RequestUpdate
+from apportion.engine.engine import EngineModel
 from apportion.engine.input_processor import InputProcessor
 from apportion.serving.logs import set_up_logs
 from apportion.serving.messages import (
     Abort,
     Accepted,
     Answer,
+    CacheStatus,
     CheckIntegrity,
     Command,
     Deltas,
@@ -229,12 +231,18 @@ class EngineProcess:
                 since_step_s=now - self._last_step,
                 metrics=engine.metrics(),
                 lanes=[LaneStatus.of(lane) for lane in engine.lanes],
+                caches={name: self._cache_status(model) for name, model in engine.models.items()},
                 kv_bytes={name: model.scheduler.kv.quota.held_bytes for name, model in engine.models.items()},
                 kv_total_bytes=engine.arena.num_bytes,
                 steps=steps,
                 rss_bytes=self._process.memory_info().rss,
             )
         )
+
+    def _cache_status(self, model: EngineModel) -> CacheStatus:
+        cache, block_bytes = self._setup.config.cache, sum(group.block_bytes for group in model.kv_groups)
+        num_blocks = self._engine.arena.num_bytes // block_bytes
+        return CacheStatus(cache.block_size, cache.kv_cache_dtype, cache.enable_prefix_caching, num_blocks)
 
     def _send(self, event: object) -> None:
         self._socket.send(self._encode(event), copy=True)

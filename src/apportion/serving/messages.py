@@ -181,16 +181,26 @@ class LaneStatus(msgspec.Struct):
         return cls(config.name, sorted(config.phases), list(config.models), config.num_threads or 0, lane.num_deaths, len(lane.tickets))
 
 
+class CacheStatus(msgspec.Struct):
+    """How the KV memory serves one model. num_blocks: of block_size tokens, if it had all of the memory."""
+
+    block_size: int
+    cache_dtype: str
+    enable_prefix_caching: bool
+    num_blocks: int
+
+
 class Status(msgspec.Struct, tag=True):
     """The heartbeat. busy: requests are unfinished. since_step_s: how long ago a step ended while there was work; 0 when idle.
 
-    kv_bytes: by model, what its blocks hold of kv_total_bytes. steps: model and tokens of the steps since the last Status.
+    caches, metrics: by model. kv_bytes: what its blocks hold of kv_total_bytes. steps: model and tokens of the steps since the last Status.
     """
 
     busy: bool
     since_step_s: float
     metrics: dict[str, EngineMetrics] = {}
     lanes: list[LaneStatus] = []
+    caches: dict[str, CacheStatus] = {}
     kv_bytes: dict[str, int] = {}
     kv_total_bytes: int = 0
     steps: list[tuple[str, int]] = []

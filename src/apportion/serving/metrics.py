@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 from collections import Counter as Counts
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from typing import Any
 
-from prometheus_client import CONTENT_TYPE_LATEST, CollectorRegistry, Counter, Gauge, Histogram, generate_latest
+from prometheus_client import CONTENT_TYPE_LATEST, CollectorRegistry, Counter, Gauge, Histogram, Metric, generate_latest
+from prometheus_client.metrics import MetricWrapperBase
+from prometheus_client.registry import Collector
 
 from apportion.serving.messages import Finished, Status
 from apportion.serving.stream import RequestRecord
@@ -50,7 +52,23 @@ COUNTERS = {
     "num_preemptions": "Sequences that gave their memory back and were computed again.",
 }
 LABELS = ("model_name", "engine")
+CACHE_LABELS = (*LABELS, "block_size", "cache_dtype", "enable_prefix_caching", "num_gpu_blocks", "kv_cache_memory_bytes")
+OLDER_NAMES = {"time_per_output_token_seconds": "inter_token_latency_seconds", "gpu_cache_usage_perc": "kv_cache_usage_perc"}
 ENGINE = "0"  # there is one; vLLM numbers its data-parallel ones
+
+
+class _OlderNames(Collector):
+    """What vLLM called a metric before, for dashboards that ask for it: the same samples once more, at no cost while serving."""
+
+    def __init__(self, metrics: Mapping[str, MetricWrapperBase]) -> None:
+        self._metrics = metrics
+
+    def collect(self) -> Iterator[Metric]:
+        for older, metric in self._metrics.items():
+            for family in metric.collect():
+                renamed = Metric(older, f"The older name of {family.name}.", family.type)
+                renamed.samples = [s._replace(name=older + s.name.removeprefix(family.name)) for s in family.samples]
+                yield renamed
 
 
 class Metrics:
@@ -68,6 +86,8 @@ class Metrics:
         self._gauges = {n: Gauge(name(n), text, LABELS, registry=registry) for n, text in GAUGES.items()}
         self._counters = {n: Counter(name(n), text, LABELS, registry=registry) for n, text in COUNTERS.items()}
         self._ends = Counter(name("request_success"), "Sequences that ended, by reason.", (*LABELS, "finished_reason"), registry=registry)
+        registry.register(_OlderNames({name(older): (self._histograms | self._gauges)[now] for older, now in OLDER_NAMES.items()}))
+        self._caches = Gauge(name("cache_config_info"), "How the KV memory is cut; always 1.", CACHE_LABELS, registry=registry)
         self._deaths = Counter(name("engine_deaths"), "Deaths of the engine process.", registry=registry)
         self._rss = Gauge(name("engine_resident_memory_bytes"), "Resident memory of the engine process.", registry=registry)
         self._kv_total = Gauge(name("kv_cache_total_bytes"), "KV memory of all models together.", registry=registry)
@@ -143,6 +163,10 @@ class Metrics:
                 self._engine_counts[metric, model] = 0
             for gauge in GAUGES:
                 self._of(self._gauges, gauge, model).set(0)
+        self._caches.clear()
+        for model, cache in status.caches.items():
+            shape = (cache.block_size, cache.cache_dtype, cache.enable_prefix_caching, cache.num_blocks, status.kv_total_bytes)
+            self._caches.labels(model, ENGINE, *shape).set(1)
         self._rss.set(status.rss_bytes)
         self._kv_total.set(status.kv_total_bytes)
 

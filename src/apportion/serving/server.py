@@ -5,7 +5,7 @@ from __future__ import annotations
 import asyncio
 import logging
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 from uuid import uuid4
@@ -26,7 +26,8 @@ from apportion.serving.tracing import Tracer
 
 logger = logging.getLogger(__name__)
 
-THREAD_TEXT_LEN = 20_000  # characters: longer texts are tokenized on a thread, so that streams go on
+Prompt = tuple[list[int], str | None]  # token ids, and the text they came from
+THREAD_TEXT_LEN = 4_000  # characters: longer texts are tokenized on a thread, so that streams go on
 
 
 @dataclass(slots=True)
@@ -42,9 +43,17 @@ class ServedModel:
 
     async def encode(self, text: str, add_special_tokens: bool = True) -> list[int]:
         """Errors: InvalidRequest for text that is no Unicode."""
-        if len(text) < THREAD_TEXT_LEN:
-            return self.tokenizer.encode(text, add_special_tokens)
-        return await asyncio.to_thread(self.tokenizer.encode, text, add_special_tokens)
+        [(token_ids, _)] = await self.encode_prompts([text], add_special_tokens)
+        return token_ids
+
+    async def encode_prompts(self, prompts: Sequence[str] | Sequence[list[int]], add_special_tokens: bool) -> list[Prompt]:
+        """Texts and their tokens; token ids as they are. Errors: those of `encode`."""
+
+        def encode() -> list[Prompt]:
+            return [(self.tokenizer.encode(p, add_special_tokens), p) if isinstance(p, str) else (p, None) for p in prompts]
+
+        is_short = len(prompts) == 1 and len(prompts[0]) < THREAD_TEXT_LEN
+        return encode() if is_short else await asyncio.to_thread(encode)
 
 
 @dataclass(slots=True)
@@ -62,11 +71,20 @@ class Server:
     exit_reason: str | None = None
     started_s: int = field(default_factory=lambda: int(time.time()))
 
-    async def loaded_model(self, name: str | None) -> ServedModel:
-        """The model a request names, loaded if it was not; None is the first. Errors: HttpError 404; whatever loading raises."""
+    def time_left(self, request: Request) -> float | None:
+        """Seconds until the answer must be complete; None for no limit."""
+        limit = self.config.request_timeout
+        return None if limit is None else max(0.0, request.scope["state"]["arrival_s"] + limit - time.monotonic())
+
+    async def loaded_model(self, name: str | None, request: Request) -> ServedModel:
+        """The model a request names, loaded if it was not; None is the first.
+
+        Errors: HttpError 404; TimeoutError when loading takes longer than the request may; whatever loading raises.
+        """
         info = self.model_info(name)
         if info.state is not ModelState.LOADED:
-            await self.engine.load_model(info.name)
+            async with asyncio.timeout(self.time_left(request)):
+                await self.engine.load_model(info.name)
             info = self.models[info.name]
         return ServedModel(info, self.tokenizers[info.name])
 
@@ -82,7 +100,8 @@ class Server:
         return info
 
     def chat_format(self, model: ServedModel) -> ChatFormat:
-        return ChatFormat(model.tokenizer, self.config.tool_call_parser, self.config.reasoning_parser)
+        config = self.config
+        return ChatFormat(model.tokenizer, config.tool_call_parser, config.reasoning_parser, config.enable_auto_tool_choice)
 
     def require_trust(self, chat_template: str | None) -> None:
         """A template is a program. Errors: HttpError 400 for one of the request's own where that is not allowed."""
@@ -136,7 +155,7 @@ def make_server(
     async_engine = AsyncEngine(
         link,
         make_link,
-        max_sequences=engine.scheduler.max_num_seqs * len(config.models) + config.max_queued_requests,
+        max_sequences=engine.scheduler.max_num_seqs + config.max_queued_requests,
         max_restarts=config.max_engine_restarts,
         on_models=on_models,
         on_fatal=on_fatal,

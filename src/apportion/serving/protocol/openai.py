@@ -9,7 +9,7 @@ from typing import Annotated, Any, ClassVar, Literal
 
 from pydantic import Field
 
-from apportion.core.errors import InvalidParameter
+from apportion.core.errors import InvalidParameter, InvalidRequest
 from apportion.core.sampling_params import SamplingParams
 from apportion.serving.conversation import Conversation
 from apportion.serving.protocol.shapes import (
@@ -110,12 +110,14 @@ class CompletionRequest(GenerationRequest):
     default_max_tokens: ClassVar[int | None] = 16
 
     def prompts(self) -> list[str] | list[TokenIds]:
-        """One entry a prompt."""
+        """One entry a prompt. Errors: InvalidRequest for none."""
         if isinstance(self.prompt, str):
             return [self.prompt]
-        if self.prompt and isinstance(self.prompt[0], int):
+        if not self.prompt:
+            raise InvalidRequest("prompt is an empty list; give at least one")
+        if isinstance(self.prompt[0], int):
             return [self.prompt]
-        return self.prompt  # type: ignore[return-value]
+        return self.prompt
 
 
 class TextPart(Strict):

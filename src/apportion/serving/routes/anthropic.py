@@ -30,7 +30,7 @@ router = APIRouter(prefix="/v1/messages", tags=["generation"])
 async def create_message(body: MessageRequest, request: Request) -> Response:
     server = server_of(request)
     log_fields(request, user=body.metadata.user_id if body.metadata else None)
-    model = await server.loaded_model(body.model)
+    model = await server.loaded_model(body.model, request)
     params = body.sampling_params(defaults_of(server, model))
     turn = await Turn.begin(
         server,
@@ -58,14 +58,14 @@ async def create_message(body: MessageRequest, request: Request) -> Response:
 
     if body.stream:
         return await turn.events(events, error_event)
-    return await turn.answer(request, whole)
+    return await turn.answer(whole)
 
 
 @router.post("/count_tokens")
 async def count_tokens(body: CountTokensRequest, request: Request) -> dict[str, int]:
     """Exact: the prompt is rendered as it would be."""
     server = server_of(request)
-    model = await server.loaded_model(body.model)
+    model = await server.loaded_model(body.model, request)
     prompt = server.chat_format(model).render(body.conversation(), continues=body.continues)
     return {"input_tokens": len(await model.encode(prompt, False))}
 

@@ -26,7 +26,7 @@ router = APIRouter()
 async def create_chat_completion(body: ChatCompletionRequest, request: Request) -> Response:
     server = server_of(request)
     log_fields(request, user=body.user)
-    model = await server.loaded_model(body.model)
+    model = await server.loaded_model(body.model, request)
     if body.stream_options is not None and not body.stream:
         raise InvalidParameter("stream_options needs stream to be true")
     defaults = model.info.default_sampling if server.config.generation_config == "auto" else {}
@@ -34,12 +34,12 @@ async def create_chat_completion(body: ChatCompletionRequest, request: Request) 
     chat, chat_format = body.conversation(), server.chat_format(model)
     prompt = render(body, chat, chat_format)
     params = chat_format.constrain(body.sampling_params(defaults, body.num_logprobs()), chat, prompt)
-    token_ids = await model.encode(prompt, body.add_special_tokens)
+    prompts = await model.encode_prompts([prompt], body.add_special_tokens)
     generation = Generation(
         server,
         request,
         model,
-        [(token_ids, prompt)],
+        prompts,
         params,
         streamed=bool(body.stream),
         priority=body.priority,
@@ -48,7 +48,7 @@ async def create_chat_completion(body: ChatCompletionRequest, request: Request) 
     answer = _Answer(body, model, generation.request_id, lambda: chat_format.make_transform(chat, prompt))
     if body.stream:
         return await generation.events(answer.events)
-    return await generation.answer(request, answer.whole)
+    return await generation.answer(answer.whole)
 
 
 def render(body: ChatCompletionRequest, chat: Conversation, chat_format: ChatFormat) -> str:

@@ -8,7 +8,7 @@ from typing import Any
 
 from fastapi import APIRouter, Request, Response
 
-from apportion.core.errors import InvalidParameter, InvalidRequest
+from apportion.core.errors import InvalidParameter
 from apportion.core.outputs import SequenceDelta
 from apportion.core.sampling_params import SamplingParams
 from apportion.serving.event_stream import DONE, event
@@ -25,18 +25,18 @@ router = APIRouter()
 async def create_completion(body: CompletionRequest, request: Request) -> Response:
     server = server_of(request)
     log_fields(request, user=body.user)
-    model = await server.loaded_model(body.model)
+    model = await server.loaded_model(body.model, request)
     if body.stream_options is not None and not body.stream:
         raise InvalidParameter("stream_options needs stream to be true")
     params = _params(body, model.info.default_sampling if server.config.generation_config == "auto" else {})
-    prompts = await _prompts(body, model)
+    prompts = await model.encode_prompts(body.prompts(), body.add_special_tokens)
     generation = Generation(
         server, request, model, prompts, params, streamed=bool(body.stream), priority=body.priority, cache_salt=body.cache_salt
     )
     answer = _Answer(body, model, generation.request_id, params)
     if body.stream:
         return await generation.events(answer.events)
-    return await generation.answer(request, answer.whole)
+    return await generation.answer(answer.whole)
 
 
 def _params(body: CompletionRequest, defaults: dict[str, Any]) -> SamplingParams:
@@ -48,13 +48,6 @@ def _params(body: CompletionRequest, defaults: dict[str, Any]) -> SamplingParams
     if body.echo and body.logprobs is not None and params.prompt_logprobs is None:
         params.prompt_logprobs = body.logprobs
     return params
-
-
-async def _prompts(body: CompletionRequest, model: ServedModel) -> list[tuple[list[int], str | None]]:
-    prompts = body.prompts()
-    if not prompts:
-        raise InvalidRequest("prompt is an empty list; give at least one")
-    return [(await model.encode(p, body.add_special_tokens), p) if isinstance(p, str) else (p, None) for p in prompts]
 
 
 class _Choice:

@@ -19,9 +19,9 @@ router = APIRouter()
 async def create_embeddings(body: EmbeddingRequest, request: Request) -> Response:
     server = server_of(request)
     log_fields(request, user=body.user)
-    model = await server.loaded_model(body.model)
+    model = await server.loaded_model(body.model, request)
     body.check_dimensions(model.info.hidden_size)
-    prompts = [(await model.encode(i, body.add_special_tokens), i) if isinstance(i, str) else (i, None) for i in body.inputs()]
+    prompts = await model.encode_prompts(body.inputs(), body.add_special_tokens)
     generation = Generation(
         server,
         request,
@@ -41,4 +41,4 @@ async def create_embeddings(body: EmbeddingRequest, request: Request) -> Respons
         num_tokens = sum(len(r.prompt_token_ids) for r in stream.requests)
         return answer(body.model or model.name, [v for v in vectors if v], num_tokens, base64=body.encoding_format == "base64")
 
-    return await generation.answer(request, whole)
+    return await generation.answer(whole)

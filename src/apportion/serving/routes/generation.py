@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import asyncio
-import time
 from collections.abc import AsyncGenerator, Callable, Sequence
 from contextlib import aclosing
 from uuid import uuid4
@@ -17,7 +16,7 @@ from apportion.core.sampling_params import SamplingParams
 from apportion.serving.event_stream import DONE, EventStream, encode_json, event, while_client_waits
 from apportion.serving.messages import Generate
 from apportion.serving.protocol.errors import HttpError, to_http
-from apportion.serving.server import ServedModel, Server
+from apportion.serving.server import Prompt, ServedModel, Server
 from apportion.serving.stream import Stream
 from apportion.serving.tracing import trace_headers
 
@@ -27,9 +26,9 @@ def openai_failure(error: HttpError) -> bytes:
 
 
 class Generation:
-    """The engine's work for one HTTP request. Use it in `async with`: what still runs at the end is aborted.
+    """The engine's work for one HTTP request; what still runs when it is answered, or its client has gone, is aborted.
 
-    streamed: whether news is wanted as it comes. prompts: token ids, each with the text it came from.
+    streamed: whether news is wanted as it comes.
     """
 
     def __init__(
@@ -37,7 +36,7 @@ class Generation:
         server: Server,
         request: Request,
         model: ServedModel,
-        prompts: Sequence[tuple[list[int], str | None]],
+        prompts: Sequence[Prompt],
         params: SamplingParams,
         *,
         streamed: bool,
@@ -48,7 +47,7 @@ class Generation:
         self.request_id: str = request.scope["state"]["request_id"]
         self._arrival_s: float = request.scope["state"]["arrival_s"]
         self._trace_headers = trace_headers(request.headers) if server.tracer is not None else {}
-        self._server = server
+        self._server, self._request = server, request
         own_id = uuid4().hex  # clients may give two requests one id
         self._requests = [
             Generate(
@@ -78,18 +77,18 @@ class Generation:
         if self._server.tracer is not None:
             self._server.tracer.record(self.request_id, self._arrival_s, self._trace_headers, self._requests, self.stream)
 
-    async def answer(self, request: Request, make: Callable[[Stream, list[SequenceDelta]], object]) -> Response:
+    async def answer(self, make: Callable[[Stream, list[SequenceDelta]], object]) -> Response:
         """Everything at once, as `make` shapes it."""
 
         async def work() -> bytes:
-            async with asyncio.timeout(self._time_left()):
+            async with asyncio.timeout(self._server.time_left(self._request)):
                 stream = await self.open()
                 whole = await stream.collect()
             _raise_failures(whole)
             return encode_json(make(stream, whole))
 
         try:
-            body = await while_client_waits(request.receive, work())
+            body = await while_client_waits(self._request.receive, work())
         finally:
             self.close()
         return Response(body, media_type="application/json")
@@ -104,7 +103,8 @@ class Generation:
         """What `pieces` makes of the stream; `failure` its end, when it cannot go on. Raises what the engine refuses the request with
         before anything is sent."""
         try:
-            stream = await self.open()
+            async with asyncio.timeout(self._server.time_left(self._request)):
+                stream = await while_client_waits(self._request.receive, self.open())
         except BaseException:
             self.close()
             raise
@@ -113,15 +113,11 @@ class Generation:
     async def _guarded(self, pieces: AsyncGenerator[bytes, None], failure: Callable[[HttpError], bytes]) -> AsyncGenerator[bytes, None]:
         """The stream's errors as an event: its status has been sent."""
         try:
-            async with aclosing(pieces), asyncio.timeout(self._time_left()):
+            async with aclosing(pieces), asyncio.timeout(self._server.time_left(self._request)):
                 async for piece in pieces:
                     yield piece
         except (Exception, TimeoutError) as error:
             yield failure(to_http(error))
-
-    def _time_left(self) -> float | None:
-        limit = self._server.config.request_timeout
-        return None if limit is None else max(0.0, self._arrival_s + limit - time.monotonic())
 
 
 def raise_failure(delta: SequenceDelta) -> None:

@@ -29,7 +29,7 @@ async def create_response(body: ResponseRequest, request: Request) -> Response:
     if body.stream_options is not None and not body.stream:
         raise InvalidParameter("stream_options needs stream to be true")
     earlier = server.responses.get(body.previous_response_id, param="previous_response_id").messages if body.previous_response_id else []
-    model = await server.loaded_model(body.model)
+    model = await server.loaded_model(body.model, request)
     log_fields(request, user=body.user, safety_identifier=body.safety_identifier)
     chat = body.conversation(earlier)
     params = body.sampling_params(defaults_of(server, model))
@@ -40,7 +40,7 @@ async def create_response(body: ResponseRequest, request: Request) -> Response:
     answer = _Answer(server, body, earlier, turn, response)
     if body.stream:
         return await turn.events(answer.events, answer.failure)
-    return await turn.answer(request, answer.whole)
+    return await turn.answer(answer.whole)
 
 
 @router.get("/{response_id}", response_class=Response)

@@ -17,7 +17,7 @@ router = APIRouter(tags=["tokens"])
 @router.post("/tokenize")
 async def tokenize(body: TokenizeRequest, request: Request) -> dict[str, Any]:
     server = server_of(request)
-    model = await server.loaded_model(body.model)
+    model = await server.loaded_model(body.model, request)
     if (body.prompt is None) == (body.messages is None):
         raise InvalidParameter("give either prompt or messages")
     server.require_trust(body.chat_template)
@@ -37,7 +37,7 @@ async def tokenize(body: TokenizeRequest, request: Request) -> dict[str, Any]:
 
 @router.post("/detokenize")
 async def detokenize(body: DetokenizeRequest, request: Request) -> dict[str, Any]:
-    model = await server_of(request).loaded_model(body.model)
+    model = await server_of(request).loaded_model(body.model, request)
     for position, token in enumerate(body.tokens):
         if not 0 <= token < max(model.info.vocab_size, model.tokenizer.vocab_size):
             raise InvalidParameter(f"tokens holds {token} at place {position}, outside the vocabulary of {model.info.vocab_size} tokens")

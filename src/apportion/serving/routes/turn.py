@@ -49,7 +49,7 @@ class Turn:
         chat_format = server.chat_format(model)
         prompt = chat_format.render(chat, continues=continues)
         params = chat_format.constrain(params, chat, prompt)
-        prompts = [(await model.encode(prompt, False), prompt)]
+        prompts = await model.encode_prompts([prompt], False)
         generation = Generation(server, request, model, prompts, params, streamed=streamed, priority=priority, cache_salt=cache_salt)
         return cls(generation, params, server, model, chat, prompt)
 
@@ -74,7 +74,7 @@ class Turn:
     def num_thought_tokens(self) -> int:
         return self._format.num_thought_tokens(self._token_ids, "".join(b.text for b in self.blocks if b.kind == "thought"))
 
-    async def answer(self, request: Request, make: Callable[[], object]) -> Response:
+    async def answer(self, make: Callable[[], object]) -> Response:
         """Everything at once: what `make` makes of the turn when it has ended."""
 
         def whole(stream: Stream, deltas: list[SequenceDelta]) -> object:
@@ -83,7 +83,7 @@ class Turn:
                 pass  # the blocks are what is wanted of the steps
             return make()
 
-        return await self._generation.answer(request, whole)
+        return await self._generation.answer(whole)
 
     async def events(
         self, pieces: Callable[[AsyncGenerator[Step, None]], AsyncGenerator[bytes, None]], failure: Callable[[HttpError], bytes]
