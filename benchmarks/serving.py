@@ -6,7 +6,8 @@ streams      200 streams at once on the bundled model: none lost, none silent fo
 start        `apportion serve` to the first answered request
 soak         resident memory over 20,000 short requests, some of them aborted
 
-The client speaks HTTP over plain sockets in a process of its own, niced, so that it takes as little as a client can.
+The client speaks HTTP over plain sockets in a process of its own, which is niced where the server is not, so that it takes as little as
+a client can.
 """
 
 from __future__ import annotations
@@ -23,15 +24,19 @@ import sys
 import time
 import urllib.error
 import urllib.request
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
+from concurrent.futures import ProcessPoolExecutor
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from datetime import date
+from multiprocessing import get_context
 from pathlib import Path
 from typing import Any
 
 import psutil
 from run_all import machine
+
+from apportion.bench.throughput import draw_requests
 
 ROOT = Path(__file__).resolve().parent.parent
 BUNDLED = ROOT / "src" / "apportion" / "assets" / "dense"
@@ -132,12 +137,30 @@ def random_prompt(length: int, seed: int, vocab: int = 4000) -> list[int]:
     return random.Random(seed).choices(range(10, vocab), k=length)
 
 
-async def many(port: int, bodies: list[dict[str, Any]]) -> list[Answer]:
-    return await asyncio.gather(*(stream(port, body) for body in bodies))
+@contextmanager
+def client() -> Iterator[Callable[..., Any]]:
+    """A function that runs another, with its arguments, in the client's process, and returns what that returns."""
+    with ProcessPoolExecutor(1, get_context("spawn"), initializer=os.nice, initargs=(10,)) as process:
+        yield lambda function, *arguments: process.submit(function, *arguments).result()
+
+
+def at_once(port: int, bodies: list[dict[str, Any]]) -> tuple[list[Answer], float, float]:
+    """The answers, how long they took together, and the CPU time of this process."""
+
+    async def ask() -> list[Answer]:
+        return await asyncio.gather(*(stream(port, body) for body in bodies))
+
+    start, cpu = time.monotonic(), time.process_time()
+    answers = asyncio.run(ask())
+    return answers, time.monotonic() - start, time.process_time() - cpu
+
+
+def one_by_one(port: int, bodies: list[dict[str, Any]]) -> list[Answer]:
+    return [asyncio.run(stream(port, body)) for body in bodies]
 
 
 def direct_throughput(model: Path, clients: int, input_len: int, output_len: int) -> float:
-    """Output tokens a second of as many and as long requests, without a server."""
+    """Output tokens a second of the same requests, without a server."""
     command = [sys.executable, "-m", "apportion.cli.main", "bench", "throughput", "--model", str(model), "--num-prompts", str(clients)]
     command += ["--input-len", str(input_len), "--output-len", str(output_len), "--json", "-q"]
     done = subprocess.run(command, capture_output=True, text=True, check=True, env={**os.environ, "PYTHONPATH": str(ROOT / "src")})
@@ -146,17 +169,15 @@ def direct_throughput(model: Path, clients: int, input_len: int, output_len: int
 
 def measure_throughput(model: Path, clients: int = 64, input_len: int = 128, output_len: int = 128) -> dict[str, Any]:
     """Through HTTP between two runs without, whose mean it is compared with."""
-    bodies = [
-        {"prompt": random_prompt(input_len, i), "max_tokens": output_len, "temperature": 0, "ignore_eos": True} for i in range(clients)
-    ]
+    vocab = json.loads((model / "config.json").read_text())["vocab_size"]
+    requests = draw_requests(vocab=vocab, num_prompts=clients, input_len=input_len, output_len=output_len)
+    bodies = [{"prompt": prompt, "max_tokens": length, "temperature": 0, "ignore_eos": True} for prompt, length in requests]
     direct = [direct_throughput(model, clients, input_len, output_len)]
-    with served(model) as server:
-        asyncio.run(many(server.port, [{**body, "max_tokens": 4, "prompt": body["prompt"][::-1]} for body in bodies[:8]]))
-        before, own, start = server.cpu_s(), time.process_time(), time.monotonic()
-        answers = asyncio.run(many(server.port, bodies))
-        elapsed = time.monotonic() - start
+    with served(model) as server, client() as run:
+        run(at_once, server.port, [{**body, "max_tokens": 4, "prompt": body["prompt"][::-1]} for body in bodies[:8]])
+        before = server.cpu_s()
+        answers, elapsed, client_cpu = run(at_once, server.port, bodies)
         api, engine = (after - b for after, b in zip(server.cpu_s(), before, strict=True))
-        client = time.process_time() - own
     tokens = sum(answer.num_tokens for answer in answers)
     direct.append(direct_throughput(model, clients, input_len, output_len))
     return {
@@ -167,7 +188,7 @@ def measure_throughput(model: Path, clients: int = 64, input_len: int = 128, out
         "ratio": tokens / elapsed / statistics.mean(direct),
         "api_cpu_ms_per_token": api / tokens * 1e3,
         "engine_cpu_ms_per_token": engine / tokens * 1e3,
-        "client_cpu_s": client,
+        "client_cpu_s": client_cpu,
         "events_per_token": sum(answer.num_events for answer in answers) / tokens,
     }
 
@@ -177,9 +198,9 @@ def measure_ttft(model: Path, repeats: int = 30, input_len: int = 128) -> dict[s
     from apportion.llm import LLM
 
     prompts = [random_prompt(input_len, 1000 + i) for i in range(repeats)]
-    with served(model) as server:
-        asyncio.run(stream(server.port, {"prompt": prompts[0][::-1], "max_tokens": 2}))
-        through = [asyncio.run(stream(server.port, {"prompt": p, "max_tokens": 2, "temperature": 0})).ttft_s for p in prompts]
+    bodies = [{"prompt": prompt, "max_tokens": 2, "temperature": 0} for prompt in [prompts[0][::-1], *prompts]]
+    with served(model) as server, client() as run:
+        through = [answer.ttft_s for answer in run(one_by_one, server.port, bodies)][1:]
     direct = []
     with LLM(model) as llm:
         params = SamplingParams(temperature=0, max_tokens=2)
@@ -194,11 +215,9 @@ def measure_ttft(model: Path, repeats: int = 30, input_len: int = 128) -> dict[s
 
 def measure_streams(model: Path, count: int = 200) -> dict[str, Any]:
     bodies = [{"prompt": random_prompt(32, i), "max_tokens": 200, "temperature": 0.8, "ignore_eos": True} for i in range(count)]
-    with served(model) as server:
+    with served(model) as server, client() as run:
         before = server.cpu_s()
-        start = time.monotonic()
-        answers = asyncio.run(many(server.port, bodies))
-        elapsed = time.monotonic() - start
+        answers, elapsed, _ = run(at_once, server.port, bodies)
         api = server.cpu_s()[0] - before[0]
     tokens = sum(answer.num_tokens for answer in answers)
     return {
@@ -238,25 +257,31 @@ def measure_start(model: Path) -> dict[str, Any]:
         process.wait(60)
 
 
-def measure_soak(model: Path, requests: int = 20_000, concurrency: int = 32) -> dict[str, Any]:
-    """Resident memory after a tenth of the requests and at the end."""
+def short_requests(port: int, seeds: range, concurrency: int) -> None:
+    """One for each seed, a quarter of them given up after their first token."""
 
-    async def worker(port: int, seeds: Iterator[int]) -> None:
-        for seed in seeds:
+    async def ask(left: Iterator[int]) -> None:
+        for seed in left:
             draw = random.Random(seed)
             body = {"prompt": random_prompt(draw.randint(1, 24), seed), "max_tokens": draw.randint(1, 8), "ignore_eos": True}
             await stream(port, body, leave_after=draw.choice([None, None, None, 1]))
 
-    async def run(port: int, seeds: Iterator[int]) -> None:
-        await asyncio.gather(*(worker(port, seeds) for _ in range(concurrency)))
+    async def ask_all() -> None:
+        left = iter(seeds)
+        await asyncio.gather(*(ask(left) for _ in range(concurrency)))
 
-    with served(model) as server:
-        asyncio.run(run(server.port, iter(range(requests // 10))))
+    asyncio.run(ask_all())
+
+
+def measure_soak(model: Path, requests: int = 20_000, warmup: int = 2_000, concurrency: int = 32) -> dict[str, Any]:
+    """Resident memory after the warm-up, and after `requests` more."""
+    with served(model) as server, client() as run:
+        run(short_requests, server.port, range(warmup), concurrency)
         first = [p.memory_info().rss for p in (server.api, server.engine)]
-        asyncio.run(run(server.port, iter(range(requests // 10, requests))))
+        run(short_requests, server.port, range(warmup, warmup + requests), concurrency)
         last = [p.memory_info().rss for p in (server.api, server.engine)]
     mib = dict(zip(("api_rss_mib", "engine_rss_mib"), (rss / 2**20 for rss in last), strict=True))
-    return {"requests": requests, **mib, "growth_in_all": sum(last) / sum(first) - 1}
+    return {"requests": requests, "warmup": warmup, **mib, "growth_in_all": sum(last) / sum(first) - 1}
 
 
 def rows(measured: dict[str, dict[str, Any]]) -> Iterator[tuple[str, str, str, bool]]:
@@ -270,6 +295,7 @@ def rows(measured: dict[str, dict[str, Any]]) -> Iterator[tuple[str, str, str, b
     if found := measured.get("streams"):
         met = not found["lost"] and not found["stalled_over_10_s"]
         told = f"{found['lost']} lost, longest silence {found['longest_gap_s']:.2f} s, {found['tokens_per_s']:.0f} tokens/s"
+        told += f", {found['api_cpu_ms_per_token']:.3f} ms of the API process's CPU a token"
         yield f"{found['streams']} streams at once, bundled model", told, "0 lost, 10 s", met
     if found := measured.get("ttft"):
         told = f"{found['added_ms']:.1f} ms ({found['p50_ms']:.1f} against {found['direct_p50_ms']:.1f})"
@@ -308,7 +334,6 @@ def main() -> int:
     parser.add_argument("--only", nargs="+", choices=list(measures), default=list(measures))
     parser.add_argument("--save", action="store_true", help="into benchmarks/results/serving-DATE.json and docs/serving.md")
     args = parser.parse_args()
-    os.nice(10)
     about, today = machine(), date.today().isoformat()
     path = ROOT / "benchmarks" / "results" / f"serving-{today}.json"
     results: dict[str, Any] = json.loads(path.read_text()) if path.exists() else {"measured": {}}

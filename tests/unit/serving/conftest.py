@@ -1,4 +1,4 @@
-"""A server in processes of its own, over the bundled model, started once a module."""
+"""A server in processes of its own, over the bundled model."""
 
 from __future__ import annotations
 
@@ -8,6 +8,7 @@ import subprocess
 import sys
 import time
 from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from pathlib import Path
 
 import httpx
@@ -96,9 +97,8 @@ def metric(server: ServerProcess, name: str, **labels: str) -> float:
     return sum(sample.value for sample in samples)
 
 
-@pytest.fixture(scope="module")
-def start_server(tmp_path_factory) -> Iterator[Callable[..., ServerProcess]]:
-    """A function that starts a server; all are ended after the module."""
+@contextmanager
+def starting(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Callable[..., ServerProcess]]:
     started: list[ServerProcess] = []
 
     def start(*arguments: str, **options: object) -> ServerProcess:
@@ -111,10 +111,19 @@ def start_server(tmp_path_factory) -> Iterator[Callable[..., ServerProcess]]:
 
 
 @pytest.fixture(scope="module")
-def server(start_server) -> ServerProcess:
-    return start_server()
+def start_server(tmp_path_factory) -> Iterator[Callable[..., ServerProcess]]:
+    """A function that starts a server; all are ended after the module."""
+    with starting(tmp_path_factory) as start:
+        yield start
 
 
-@pytest.fixture(scope="module")
+@pytest.fixture(scope="package")
+def server(tmp_path_factory) -> Iterator[ServerProcess]:
+    """One for all modules that do it no harm; those that do have one of their own."""
+    with starting(tmp_path_factory) as start:
+        yield start()
+
+
+@pytest.fixture(scope="package")
 def client(server) -> openai.OpenAI:
     return server.client()

@@ -24,6 +24,12 @@ from tests.unit.serving.conftest import metric
 LONG = {"model": "apportion", "prompt": "Once upon a time", "max_tokens": 1900, "ignore_eos": True}
 
 
+@pytest.fixture(scope="module")
+def server(start_server):
+    """Its own: it is to be harmed."""
+    return start_server()
+
+
 def raw_request(server, body: dict, path: str = "/v1/completions", receive_buffer: int | None = None) -> socket.socket:
     """A connection on which a request was sent and nothing read. receive_buffer: bytes that the kernel takes in unread."""
     host, port = server.url.removeprefix("http://").split(":")

@@ -38,6 +38,12 @@ if "apportion.serving.engine_process" in sys.orig_argv:
 """
 
 
+@pytest.fixture(scope="module")
+def server(start_server):
+    """Its own: it is to be harmed."""
+    return start_server()
+
+
 def free_port() -> int:
     with socket.socket() as probe:
         probe.bind(("127.0.0.1", 0))
