@@ -110,6 +110,26 @@ def test_it_streams_what_the_api_answers(open_page, server):
     assert re.search(r"\d", page.locator(".tile b").nth(1).inner_text())  # a time to first token was measured
 
 
+def test_every_control_is_sent_and_what_is_empty_is_not(open_page, server):
+    page = open_page(server.url)
+    sent = []
+    page.on("request", lambda request: sent.append(request.post_data_json) if request.url.endswith("/v1/chat/completions") else None)
+    fields = {"temperature": 1.1, "top_p": 0.9, "top_k": 40, "max_tokens": 6, "seed": 7, "min_p": 0.02}
+    fields |= {"presence_penalty": 0.5, "frequency_penalty": -0.5, "repetition_penalty": 1.2}
+    ask(page, "Hello", **{name: str(value) for name, value in fields.items()}, stop="one\ntwo")
+    wait_idle(page)
+    assert "6 tokens" in page.locator(".assistant .foot").inner_text()
+    page.click("#reset")
+    ask(page, "Again", max_tokens="4")
+    wait_idle(page)
+    first, second = sent
+    assert {name: first[name] for name in fields} == fields and first["stop"] == ["one", "two"]
+    assert set(second) == {"model", "messages", "temperature", "top_p", "max_tokens", "stream", "stream_options"}
+    [model] = server.get("/stats").json()["models"]
+    assert model["ttft_count"] >= 2
+    wait_until(page, "[...document.querySelectorAll('#models td')].some((cell) => /\\d ms$/.test(cell.textContent))")
+
+
 def test_escape_stops_and_frees(open_page, server):
     page = open_page(server.url)
     ask(page, "A long story", max_tokens="1900", stop="")
@@ -260,7 +280,8 @@ def test_everything_is_named_and_reached_by_keyboard(open_page, server):
         assert found[1] and found[2], found
         if found[0] == "stop":
             break
-    controls = ["model", "theme", "prompt", "send", "reset", "system", "temperature", "top_p", "top_k", "max_tokens", "seed", "stop"]
+    controls = ["model", "theme", "prompt", "send", "reset", "system", "temperature", "top_p", "top_k", "max_tokens", "seed", "min_p"]
+    controls += ["presence_penalty", "frequency_penalty", "repetition_penalty", "stop"]
     assert reached[0].startswith("Skip") and [name for name in reached if name in controls] == controls
 
 

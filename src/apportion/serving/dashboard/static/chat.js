@@ -4,7 +4,8 @@ import { ApiError, streamChat } from "./api.js";
 import { h, number, renderText } from "./text.js";
 
 const SUGGESTIONS = ["Tell me a short story about a lighthouse.", "Explain how rain forms, in three sentences.", "Name three uses for an empty jar."];
-const SETTINGS = ["system", "temperature", "top_p", "top_k", "max_tokens", "seed", "stop"];
+const NUMBERS = ["top_k", "max_tokens", "seed", "min_p", "presence_penalty", "frequency_penalty", "repetition_penalty"];
+const SETTINGS = ["system", "temperature", "top_p", ...NUMBERS, "stop"];
 const find = (id) => document.getElementById(id);
 
 const conversation = []; // {role, content}
@@ -68,7 +69,7 @@ function showValue(input) {
 /** The fields of a request; what is left empty is the server's to decide. */
 function settings() {
   const fields = { temperature: Number(find("temperature").value), top_p: Number(find("top_p").value) };
-  for (const id of ["top_k", "max_tokens", "seed"]) if (find(id).value !== "") fields[id] = Number(find(id).value);
+  for (const id of NUMBERS) if (find(id).value !== "") fields[id] = Number(find(id).value);
   const stops = find("stop").value.split("\n").filter((text) => text !== "");
   if (stops.length) fields.stop = stops;
   return fields;

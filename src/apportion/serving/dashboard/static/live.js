@@ -7,6 +7,7 @@ const EVERY_MS = 1000;
 const KEEP = 120; // readings
 const find = (id) => document.getElementById(id);
 const readings = []; // {time, tokensPerS, ttft, itl, running, waiting}
+const ttfts = new Map(); // by model: the latest mean time to first token, in ms
 
 const TILES = [
   { key: "tokensPerS", name: "Output", unit: "tokens/s", empty: "0" },
@@ -43,7 +44,10 @@ export async function poll() {
 
 function show(stats) {
   const sums = total(stats.models);
-  if (before && stats.uptime_s < before.uptime) before = null; // another server
+  if (before && stats.uptime_s < before.uptime) {
+    before = null; // another server
+    ttfts.clear();
+  }
   if (before) {
     const seconds = stats.time - before.time;
     readings.push({
@@ -54,6 +58,11 @@ function show(stats) {
       waiting: sums.waiting,
     });
     if (readings.length > KEEP) readings.shift();
+  }
+  for (const model of stats.models) {
+    const then = before?.byModel.get(model.name);
+    const now = then && mean(model, then, "ttft");
+    if (now) ttfts.set(model.name, now);
   }
   before = { ...sums, time: stats.time, uptime: stats.uptime_s, byModel: new Map(stats.models.map((model) => [model.name, model])) };
   TILES.forEach(showTile);
@@ -123,12 +132,13 @@ const STATES = { loaded: "ready", loading: "loading", unloaded: "not loaded", fa
 function modelTable(models) {
   if (!models.length) return h("p", { class: "none" }, "No model yet. The engine is starting.");
   const cell = (text) => h("td", {}, text);
+  const ttft = (model) => (ttfts.has(model.name) ? `${number(ttfts.get(model.name))} ms` : "–");
   const rows = models.map((model) => {
     const share = model.prefix_cache_queries ? `${number((100 * model.prefix_cache_hits) / model.prefix_cache_queries, 2)} %` : "–";
     const name = h("th", { scope: "row" }, h("span", { class: "name", title: model.name }, model.name), h("span", { class: `state ${model.state}` }, STATES[model.state] ?? model.state));
-    return h("tr", {}, name, cell(number(model.running)), cell(number(model.waiting)), cell(number(model.generation_tokens)), cell(share));
+    return h("tr", {}, name, cell(number(model.running)), cell(number(model.waiting)), cell(number(model.generation_tokens)), cell(ttft(model)), cell(share));
   });
-  const heads = ["Model", "Running", "Waiting", "Tokens", "Prefix hits"].map((text) => h("th", { scope: "col" }, text));
+  const heads = ["Model", "Running", "Waiting", "Tokens", "TTFT", "Prefix hits"].map((text) => h("th", { scope: "col" }, text));
   const failed = models.filter((model) => model.error).map((model) => h("p", { class: "note" }, `${model.name}: ${model.error}`));
   return h("div", {}, h("table", {}, h("thead", {}, h("tr", {}, ...heads)), h("tbody", {}, ...rows)), ...failed);
 }
