@@ -5,8 +5,10 @@ from __future__ import annotations
 import shutil
 from concurrent.futures import ThreadPoolExecutor
 
+import openai
 import pytest
 
+import apportion
 from apportion.core.config import ModelConfig
 from apportion.core.errors import InvalidRequest, OutOfMemory
 from apportion.serving.messages import ModelState
@@ -93,6 +95,22 @@ def test_aliases(aliased):
     assert set(states(aliased)) == {"main", "gpt-4o-mini"}
     answer = aliased.client().completions.create(model="gpt-4o-mini", prompt="x", max_tokens=1)
     assert answer.model == "gpt-4o-mini"
+
+
+def test_openais_client_lists_and_retrieves(aliased):
+    client = aliased.client()
+    listed = {model.id: model for model in client.models.list()}
+    assert set(listed) == {"main", "gpt-4o-mini"} and client.models.retrieve("gpt-4o-mini") == listed["gpt-4o-mini"]
+    card = client.models.retrieve("main")
+    assert (card.object, card.owned_by) == ("model", "apportion") and card.created > 1.7e9
+    assert (card.state, card.max_model_len, card.error) == ("loaded", 2048, None) and card.memory_bytes > 1e6
+    with pytest.raises(openai.NotFoundError) as caught:
+        client.models.retrieve("gpt-17")
+    assert caught.value.code == "model_not_found"
+
+
+def test_the_version_is_the_packages(aliased):
+    assert aliased.get("/version").json() == {"version": apportion.__version__}
 
 
 class TestModelStore:
