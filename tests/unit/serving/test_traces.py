@@ -46,9 +46,11 @@ def test_a_slice_is_answered_as_the_trace_has_it(server, shared_data, capsys, fi
     assert result["total_input_tokens"] == sum(sample.prompt_len for sample in found.samples)
     assert result["total_output_tokens"] == sum(sample.output_len for sample in found.samples)
     assert result["duration"] >= found.times[-1] / speedup
-    server.wait(lambda: metric(server, "num_requests_running") == 0, "the last step is told")
     common = max(_common(a.prompt, b.prompt) for a, b in pairwise(sorted(found.samples, key=lambda sample: sample.prompt)))
-    assert (metric(server, "prefix_cache_hits_total") > hits) == (common >= 64)  # two blocks: what is equal in the trace is found
+    if common >= 64:  # two blocks: what is equal in the trace is found
+        server.wait(lambda: metric(server, "prefix_cache_hits_total") > hits, "prefixes are found")
+    else:
+        assert metric(server, "prefix_cache_hits_total") == hits
 
 
 def _common(a: list[int], b: list[int]) -> int:
