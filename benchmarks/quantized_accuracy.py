@@ -90,7 +90,7 @@ class Study:
         found = self.compare(self.args.model, keywords)
         row: dict[str, Any] = {"name": candidate.name, "bar": candidate.bar, "metrics": found["metrics"], "floor": found["floor"]}
         row |= {"weight_bytes": found["subject"]["weight_bytes"], "kv_bytes_per_token": found["subject"]["kv_bytes_per_token"]}
-        if candidate.retrieval:
+        if candidate.retrieval and self.args.retrieval_samples:
             grid = ("--tasks", "passkey", "mqar", "--lengths", "512", "--num-samples", str(self.args.retrieval_samples))
             found = self.evaluate("recovery", self.args.model, keywords, "--reference", "dtype=auto", *grid)
             row["recovery"] = found["metrics"]["recovery"]
@@ -158,7 +158,7 @@ def main() -> None:
     parser.add_argument("--calibration", type=Path, required=True, help="text that methods may see")
     parser.add_argument("--text", type=Path, required=True, help="text that none has seen")
     parser.add_argument("--num-samples", type=int, default=128, help="calibration sequences of 512 tokens")
-    parser.add_argument("--retrieval-samples", type=int, default=100, help="of each task and depth")
+    parser.add_argument("--retrieval-samples", type=int, default=100, help="of each task and depth; 0: none")
     parser.add_argument("--only", default=",".join(c.name for c in CANDIDATES), help="names of candidates, separated by commas")
     parser.add_argument("--threads", type=int, default=2)
     parser.add_argument("--write", action="store_true", help="keep the results in benchmarks/results and write the page's tables")

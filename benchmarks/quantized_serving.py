@@ -79,12 +79,13 @@ def main() -> None:
     args = parser.parse_args()
     if not (MODEL / "model.safetensors").exists():
         make_model("bench-250m", MODEL)
-    if not (STATIC / "config.json").exists():
+    names = args.variants.split(";")
+    if any("model" in VARIANTS[name] for name in names) and not (STATIC / "config.json").exists():
         generator = random.Random(0)
         tokens = [[generator.randrange(512) for _ in range(128)] for _ in range(4)]
         quantize(str(MODEL), STATIC, "fp8_static", calibration=tokens)
     rows = []
-    for name in args.variants.split(";"):
+    for name in names:
         keywords = dict(VARIANTS[name])
         kv_bytes, model = kv_bytes_under(args.cap, keywords), keywords.pop("model", MODEL)
         flags = [f"--{key.replace('_', '-')}={value}" for key, value in keywords.items()]
