@@ -20,6 +20,7 @@ import statistics
 import subprocess
 import sys
 import time
+from collections import defaultdict
 from pathlib import Path
 
 ROOT = Path(__file__).parents[1]
@@ -30,11 +31,10 @@ from recipes.simulator.cases import CALIBRATION_MODELS, LINKS, STRATEGIES, all_c
 ENV = {
     "OMP_NUM_THREADS": "1",
     "MKL_NUM_THREADS": "1",
-    "MALLOC_TRIM_THRESHOLD_": "4294967296",
-    "MALLOC_MMAP_MAX_": "0",
-    "MALLOC_TOP_PAD_": "67108864",
+    "GLIBC_TUNABLES": "glibc.malloc.trim_threshold=4294967296:glibc.malloc.mmap_max=0:glibc.malloc.top_pad=67108864:glibc.malloc.hugetlb=1",
 }
-RATES = {"1gbit": "1gbit", "200mbit": "200mbit"}
+PACKET = {"1gbit": 32, "200mbit": 8}  # KiB that the kernel hands to a link at once; hardly more than one goes ahead of the rate
+SHORT = ("match", "u16", "0", "0xffc0", "at", "2")  # under 64 bytes: acknowledgements, which do not wait behind the other direction's data
 
 
 class Link:
@@ -47,35 +47,34 @@ class Link:
         if self.name != "loopback":
             tag = f"ap{os.getpid() % 10000}"
             self.spaces, self.address, self.interface = [f"{tag}a", f"{tag}b"], "10.77.0.1", "ap0"
-            sh("ip", "netns", "add", self.spaces[0])
-            sh("ip", "netns", "add", self.spaces[1])
-            sh("ip", "link", "add", "ap0", "netns", self.spaces[0], "type", "veth", "peer", "name", "ap0", "netns", self.spaces[1])
-            for i, space in enumerate(self.spaces):
-                inside = ("ip", "netns", "exec", space)
-                sh(*inside, "ip", "addr", "add", f"10.77.0.{i + 1}/24", "dev", "ap0")
-                sh(*inside, "ip", "link", "set", "ap0", "up")
-                sh(*inside, "ip", "link", "set", "lo", "up")
-                sh(
-                    *inside,
-                    "tc",
-                    "qdisc",
-                    "add",
-                    "dev",
-                    "ap0",
-                    "root",
-                    "tbf",
-                    "rate",
-                    RATES[self.name],
-                    "burst",
-                    "256kb",
-                    "latency",
-                    "50ms",
-                )
+            try:
+                self._join()
+            except PermissionError:
+                self.__exit__()
+                raise
         return self
+
+    def _join(self):
+        packet = PACKET[self.name]
+        rate = ("rate", self.name, "burst", f"{packet + 2}kb", "cburst", f"{packet + 2}kb")
+        for space in self.spaces:
+            sh("ip", "netns", "add", space)
+        sh("ip", "link", "add", "ap0", "netns", self.spaces[0], "type", "veth", "peer", "name", "ap0", "netns", self.spaces[1])
+        for i, space in enumerate(self.spaces):
+            inside = ("ip", "netns", "exec", space)
+            sh(*inside, "ip", "addr", "add", f"10.77.0.{i + 1}/24", "dev", "ap0")
+            sh(*inside, "ip", "link", "set", "ap0", "gso_max_size", str(packet << 10), "up")
+            sh(*inside, "ip", "link", "set", "lo", "up")
+            sh(*inside, "sysctl", "-q", "-w", "net.ipv4.tcp_slow_start_after_idle=0")
+            tc = (*inside, "tc")
+            sh(*tc, "qdisc", "add", "dev", "ap0", "root", "handle", "1:", "htb", "default", "2")
+            sh(*tc, "class", "add", "dev", "ap0", "parent", "1:", "classid", "1:1", "htb", "rate", "10gbit")
+            sh(*tc, "class", "add", "dev", "ap0", "parent", "1:", "classid", "1:2", "htb", *rate)
+            sh(*tc, "filter", "add", "dev", "ap0", "parent", "1:", "protocol", "ip", "u32", *SHORT, "flowid", "1:1")
 
     def __exit__(self, *_):
         for space in filter(None, self.spaces):
-            subprocess.run(["ip", "netns", "del", space], check=False)
+            subprocess.run(["ip", "netns", "del", space], check=False, stderr=subprocess.DEVNULL)
 
     def start(self, job, num_ranks):
         """The job's worker processes, rank r on core r; what they print as JSON lines, by rank."""
@@ -112,44 +111,35 @@ def links():
             print(f"skipped {name}: {error}", file=sys.stderr)
 
 
-def calibrate(out):
-    """One part at each call, so that no part runs for more than a minute."""
-    result = json.loads(out.read_text()) if out.exists() else {"machine": machine(), "when": now(), "operators": {}, "links": {}}
-    graphs = sorted({(c.model, c.strategy) for c in all_cases()} | {(m, s) for m in CALIBRATION_MODELS for s in STRATEGIES_SEEN})
-    seen, begun = result.setdefault("seen", []), time.perf_counter()
-    for name, ranks in (("together", 2), ("alone", 1)):
-        known = result["operators"].setdefault(name, {})
-        for model in dict.fromkeys(m for m, _ in graphs):
-            mine = [g for g in graphs if g[0] == model and (ranks == 2) != g[1].startswith("single")]
-            if [name, model] in seen or not mine or time.perf_counter() - begun > 28:
-                continue
+def calibrate(out, rounds):
+    """The median of rounds, each in processes of its own: where memory lies moves an operator by percents."""
+    seen = [(m, s) for m in CALIBRATION_MODELS for s in STRATEGIES_SEEN]
+    graphs = sorted({(c.model, c.strategy) for c in all_cases()} | set(seen))
+    operators, tables, steps = defaultdict(lambda: defaultdict(list)), defaultdict(lambda: defaultdict(list)), {}
+    usable = list(links())
+    for _ in range(rounds):
+        for name, ranks in (("together", 2), ("alone", 1)):
+            mine = [g for g in graphs if (ranks == 2) != g[1].startswith("single")]
             with Link("loopback") as link:
-                rows = link.start({"kind": "operators", "graphs": mine, "known": list(known)}, ranks)
-            known |= {both[0]["key"]: statistics.mean(x["seconds"] for x in both) for both in zip(*rows, strict=True)}
-            seen.append([name, model])
-            out.write_text(json.dumps(result, indent=1))
-            print(f"{name}, {model}: {len(rows[0])} kinds of operators", flush=True)
-    if time.perf_counter() - begun > 5:
-        print("call again: messages and steps are next")
-        return None
-    for name in links():
-        if name not in result["links"]:
+                rows = link.start({"kind": "operators", "graphs": mine}, ranks)
+            for both in zip(*rows, strict=True):
+                operators[name][both[0]["key"]].append(statistics.mean(x["seconds"] for x in both))
+            print(f"{name}: {len(rows[0])} kinds of operators", flush=True)
+        for name in usable:
             with Link(name) as link:
-                rows = link.start({"kind": "messages"}, 2)
-            result["links"][name] = {both[0]["key"]: max(x["value"] for x in both) for both in zip(*rows, strict=True)}
-            print(name, {k: f"{v:.3g}" for k, v in result["links"][name].items() if "gamma" in k})
-            out.write_text(json.dumps(result, indent=1))
-            if time.perf_counter() - begun > 30:
-                return None
-    if time.perf_counter() - begun > 12:
-        return None
-    wanted = [
-        (m, s, link) for link in result["links"] for m in CALIBRATION_MODELS for s in STRATEGIES_SEEN if link == "loopback" or s != "single"
-    ]
-    result["steps"] = measure_cases(wanted, 1e9, result.get("steps", {}), rounds=1)
+                rows = link.start({"kind": "messages", "slow": name != "loopback"}, 2)
+            for both in zip(*rows, strict=True):
+                tables[name][both[0]["key"]].append(max(x["value"] for x in both))
+            print(name, {k: f"{v[-1]:.3g}" for k, v in tables[name].items() if "gamma" in k}, flush=True)
+        cases = [(*c, link) for link in usable for c in seen if link == "loopback" or c[1] != "single"]
+        measure_cases(cases, 1e9, steps, rounds)
+    result = {"machine": machine(), "when": now(), "rounds": rounds}
+    result |= {"operators": medians(operators), "links": medians(tables), "steps": steps}
     out.write_text(json.dumps(result, indent=1))
-    print("calibrated")
-    return None
+
+
+def medians(found):
+    return {name: {key: statistics.median(values) for key, values in rows.items()} for name, rows in found.items()}
 
 
 STRATEGIES_SEEN = ("single", "ddp-no-overlap", "ddp-1mb")
@@ -195,13 +185,15 @@ def measure(out, predictions, seconds):
     )
     if data["predictions_sha256"] != digest:
         raise SystemExit("the predictions have changed since measuring began: remove the measurements and measure again")
-    cases = [name.split(" ") for name, p in predicted["cases"].items() if p["full"] < 2.5]
-    first = all(" ".join(c) in data["steps"] for c in cases)  # everything once, then again: what the machine itself varies by
-    data["steps"] = measure_cases([tuple(c) for c in cases], seconds, data["steps"], rounds=1 + first)
+    cases = [tuple(name.split(" ")) for name, p in predicted["cases"].items() if p["full"] < 2.5]
+    data["steps"] = measure_cases(cases, seconds, data["steps"], rounds_of(cases, data) + 1)
     data["slices"].append(now())
     out.write_text(json.dumps(data, indent=1))
-    left = [sum(len(data["steps"].get(" ".join(c), [])) < n for c in cases) for n in (1, 2)]
-    print(f"of {len(cases)} cases {left[0]} are left to measure, {left[1]} to measure again")
+    print(f"{len(cases)} cases: all measured {rounds_of(cases, data)} times")
+
+
+def rounds_of(cases, data):
+    return min(len(data["steps"].get(" ".join(c), [])) for c in cases)
 
 
 def machine():
@@ -229,6 +221,7 @@ def main():
     parser.add_argument("numbers", nargs="*", type=int)
     parser.add_argument("--folder", type=Path, default=ROOT / "benchmarks" / "simulator")
     parser.add_argument("--seconds", type=float, default=50.0, help="of one slice of measuring")
+    parser.add_argument("--rounds", type=int, default=3, help="of calibration")
     args = parser.parse_args()
     if args.mode == "rank":
         from recipes.simulator.worker import work
@@ -237,7 +230,7 @@ def main():
     args.folder.mkdir(parents=True, exist_ok=True)
     files = {name: args.folder / f"{name}.json" for name in ("calibration", "predictions", "measurements")}
     if args.mode == "calibrate":
-        calibrate(files["calibration"])
+        calibrate(files["calibration"], args.rounds)
     elif args.mode == "predict":
         predict(files["predictions"], files["calibration"])
     elif args.mode == "measure":

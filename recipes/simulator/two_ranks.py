@@ -6,7 +6,9 @@ when somebody reads what it brings (at once, where the run is said not to overla
 
 from __future__ import annotations
 
+import os
 import time
+from contextlib import contextmanager
 
 import numpy as np
 import torch
@@ -18,6 +20,44 @@ from recipes.simulator.torch_ops import KERNELS
 
 DTYPES = {4: torch.float32, 8: torch.float64, 1: torch.bool}
 SUMS = ("all_reduce", "reduce_scatter")
+
+
+@contextmanager
+def real_time():
+    """Threads made here, and calls, are not interrupted by computing.
+
+    A rank has one core. gloo's receiving thread polls a lock that a thread in a call to gloo may hold: where it may interrupt that thread,
+    both wait for the scheduler's next tick, 4 ms. Error: PermissionError without the right to real-time priority (CAP_SYS_NICE).
+    """
+    os.sched_setscheduler(0, os.SCHED_FIFO, os.sched_param(1))
+    try:
+        yield
+    finally:
+        os.sched_setscheduler(0, os.SCHED_OTHER, os.sched_param(0))
+
+
+PIECE = 2**16  # elements of an all-gather that go at once
+
+
+def all_gather(parts, mine, group=None):
+    """Starts it in pieces; what to wait for.
+
+    One connection carries both ways, and gloo's word that a receiver is ready stands in line behind data. Whole, a long all-gather uses
+    both ways or one after the other, by chance.
+    """
+    pieces = zip(mine.split(PIECE), *(part.split(PIECE) for part in parts), strict=True)
+    return All([dist.all_gather(into, piece, group=group, async_op=True) for piece, *into in pieces])
+
+
+class All:
+    """Several messages that are waited for together."""
+
+    def __init__(self, works):
+        self.works = works
+
+    def wait(self):
+        for work in self.works:
+            work.wait()
 
 
 class Rank:
@@ -128,8 +168,7 @@ class Rank:
             ins = [[next(v for v in p.reads if self.graph.buffers[v.buffer].device == m) for p in task.pieces] for m in self.members]
             mine = torch.cat([self.read(v).reshape(-1) for v in ins[self.rank]])
             got = [torch.empty(sum(volume(v.box) for v in views), dtype=mine.dtype) for views in ins]
-            work = dist.all_gather(got, mine, group=self.group, async_op=True)
-            self.pending[task.id] = (work, lambda: self._gathered(task, ins, got))
+            self.pending[task.id] = (all_gather(got, mine, self.group), lambda: self._gathered(task, ins, got))
         elif task.kind == "p2p":
             self._pair(task)
         else:
@@ -140,12 +179,16 @@ class Rank:
         other = next(self.members.index(d) for d in task.devices if d != self.device)
         if sends:
             flat = torch.cat([self.read(v).reshape(-1) for v in sends])
-            self.pending[task.id] = (dist.isend(flat, other, group=self.group, tag=task.id), lambda keep=flat: None)
+            with real_time():
+                work = dist.isend(flat, other, group=self.group, tag=task.id)
+            self.pending[task.id] = (work, lambda keep=flat: None)
         else:
             sizes = [volume(v.box) for v in receives]
             dtype = torch.int32 if self.graph.buffers[receives[0].buffer].tensor in ("tokens", "labels") else torch.float32
             flat = torch.empty(sum(sizes), dtype=dtype)
-            self.pending[task.id] = (dist.irecv(flat, other, group=self.group, tag=task.id), lambda: self._unpack(task, flat))
+            with real_time():
+                work = dist.irecv(flat, other, group=self.group, tag=task.id)
+            self.pending[task.id] = (work, lambda: self._unpack(task, flat))
 
     def _cut(self, view, box):
         value = self.read(view)

@@ -6,16 +6,15 @@ import itertools
 import json
 import statistics
 import sys
-import threading
 import time
 
 import torch
 import torch.distributed as dist
 
 from recipes.simulator.cases import CLUSTER, STRATEGIES, graph_of
-from recipes.simulator.predict import signatures
+from recipes.simulator.predict import SIZES, signatures
 from recipes.simulator.torch_ops import KERNELS
-from recipes.simulator.two_ranks import Rank
+from recipes.simulator.two_ranks import Rank, all_gather, real_time
 
 KINDS = ("all_reduce", "reduce_scatter", "all_gather", "p2p")
 CACHE = 48 * 2**20  # bytes that a rotation of inputs is to exceed
@@ -26,7 +25,8 @@ def work(job, rank, num_ranks):
     torch.manual_seed(rank)
     torch.set_flush_denormal(True)
     if num_ranks > 1:
-        dist.init_process_group("gloo", rank=rank, world_size=num_ranks)
+        with real_time():
+            dist.init_process_group("gloo", rank=rank, world_size=num_ranks)
     {"operators": operators, "messages": messages, "steps": steps}[job["kind"]](job, rank, num_ranks)
     if num_ranks > 1:
         dist.barrier()
@@ -40,10 +40,7 @@ def say(**line):
 
 def operators(job, rank, num_ranks):
     """Each operator with inputs that are not in the cache, both ranks at the same time."""
-    known = set(job["known"])
     for key, (op, part, shapes, outs) in signatures([tuple(g) for g in job["graphs"]]).items():
-        if key in known:
-            continue
         size = 4 * sum(torch.Size(s).numel() for s in (*shapes, *outs))
         copies = max(1, min(8, CACHE // max(size, 1)))
         inputs = [[_random(op, i, s) for i, s in enumerate(shapes)] for _ in range(copies)]
@@ -68,91 +65,106 @@ def _random(op, i, shape):
 
 
 def messages(job, rank, num_ranks):
-    """Seconds of each collective at each size, and how much a large one and computing slow each other down."""
-    sizes = [2**i for i in range(10, 26, 2)]
-    for kind, size in itertools.product(KINDS, sizes):
-        times, begun = [], time.perf_counter()
-        while True:
-            dist.barrier()
-            start = time.perf_counter()
-            _message(kind, size, rank)
-            times.append(time.perf_counter() - start)
-            done = torch.tensor([len(times) >= 3 and (time.perf_counter() - begun > 0.1 or len(times) >= 40)])
-            dist.broadcast(done, 0)  # the first rank decides
-            if done:
-                break
-        say(key=f"{kind} {size}", value=statistics.median(times[1:]))
-    for name, value in _gamma(2**22, rank).items():
+    """Seconds of each collective at each size, of copies, of starting a message; how much messages and computing slow each other."""
+    for size in SIZES:
+        halves, out = [torch.ones(size // 8)] * 2, torch.empty(size // 4)
+        say(key=f"copy {size}", value=_per_call(lambda halves=halves, out=out: torch.cat(halves, out=out), 0.02))
+    for kind, size in itertools.product(KINDS, SIZES):
+        if size > 2**24 and job["slow"]:
+            continue
+        send = _message(kind, size, rank)
+        say(key=f"{kind} {size}", value=_per_call(lambda send=send: send().wait(), 0.15))
+    say(key="issue", value=_issue(_message("all_reduce", SIZES[0], rank)))
+    for name, value in _gamma(rank).items():
         say(key=name, value=value)
 
 
+def _per_call(call, seconds):
+    """Of calls one after another, the same number on both ranks."""
+    call()
+    dist.barrier()
+    start = time.perf_counter()
+    call()
+    count = _agreed(max(2, min(100, seconds / (time.perf_counter() - start))))
+    start = time.perf_counter()
+    for _ in range(count):
+        call()
+    return (time.perf_counter() - start) / count
+
+
+def _agreed(number):
+    """The first rank's."""
+    shared = torch.tensor([int(number)])
+    if dist.is_initialized():
+        dist.broadcast(shared, 0)
+    return int(shared)
+
+
 def _message(kind, size, rank):
-    x = torch.ones(size // 4)
+    """A function that starts the message and answers what to wait for."""
+    x, half = torch.zeros(size // 4), torch.zeros(size // 8)
     if kind == "all_reduce":
-        dist.all_reduce(x)
-    elif kind == "reduce_scatter":
-        dist.reduce_scatter(torch.empty(size // 8), [x[: size // 8], x[size // 8 :]])
-    elif kind == "all_gather":
-        dist.all_gather([torch.empty(size // 8), torch.empty(size // 8)], x[: size // 8])
-    elif rank == 0:
-        dist.send(x, 1)
-    else:
-        dist.recv(x, 0)
+        return lambda: dist.all_reduce(x, async_op=True)
+    if kind == "reduce_scatter":
+        return lambda: dist.reduce_scatter(half, [x[: size // 8], x[size // 8 :]], async_op=True)
+    if kind == "all_gather":
+        return lambda: all_gather([x[: size // 8], x[size // 8 :]], half)
+
+    def pair():
+        with real_time():
+            return dist.isend(x, 1) if rank == 0 else dist.irecv(x, 0)
+
+    return pair
 
 
-def _gamma(size, rank):
-    """Relative slow-downs of a product and of an all-reduce that run at the same time."""
-    a = torch.rand(512, 512)
-
-    def products(count):
+def _issue(send):
+    """Seconds of a call that starts a message."""
+    times = []
+    for _ in range(50):
         start = time.perf_counter()
-        for _ in range(count):
-            a @ a
-        return (time.perf_counter() - start) / count
+        work = send()
+        times.append(time.perf_counter() - start)
+        work.wait()
+    return statistics.median(times)
 
-    def reductions(count):
+
+def _gamma(rank, size=2**22):
+    """Relative slow-downs of products and of all-reduces that run at the same time."""
+    a, send = torch.rand(256, 256), _message("all_reduce", size, rank)
+    product = _per_call(lambda: a @ a, 0.1)
+
+    def flood(count, meanwhile):
+        """Seconds until `count` messages are through."""
+        dist.barrier()
         start = time.perf_counter()
-        for _ in range(count):
-            dist.all_reduce(torch.ones(size // 4))
-        return (time.perf_counter() - start) / count
+        works = [send() for _ in range(count)]
+        while meanwhile and not works[-1].is_completed():
+            meanwhile()
+        for work in works:
+            work.wait()
+        return time.perf_counter() - start
 
-    products(5)
-    dist.barrier()
-    product = products(60)
-    dist.barrier()
-    reduction = reductions(4)
-    count = torch.tensor([max(4, int(0.8 / reduction))])
-    dist.broadcast(count, 0)
-    seen = []
-    thread = threading.Thread(target=lambda: seen.append(reductions(int(count))))
-    dist.barrier()
-    thread.start()
-    slow = []
-    while thread.is_alive():
-        slow.append(products(3))
-    thread.join()
-    dist.barrier()
-    return {"gamma compute": max(0.0, statistics.median(slow) / product - 1), "gamma message": max(0.0, seen[0] / reduction - 1)}
+    count = _agreed(max(4, 0.4 / (flood(4, None) / 4)))
+    alone, products = flood(count, None), itertools.count()
+    beside = flood(count, lambda: (a @ a, next(products)))
+    return {
+        "gamma compute": max(0.0, beside / (max(1, next(products)) * product) - 1),
+        "gamma message": max(0.0, beside / alone - 1),
+    }
 
 
 def steps(job, rank, num_ranks):
     """Whole steps of each case, until the seconds are over; the first rank decides."""
     begun = time.perf_counter()
     for model, strategy, link in job["cases"]:
-        go = torch.tensor([time.perf_counter() - begun < job["seconds"]])
-        if num_ranks > 1:
-            dist.broadcast(go, 0)
-        if not go:
+        if not _agreed(time.perf_counter() - begun < job["seconds"]):
             return
         graph = graph_of(model, strategy)
         mine = Rank(graph, CLUSTER.nodes[rank][0], rank, overlap=STRATEGIES[strategy].get("overlap", True))
         mine.watch = True
         mine.step()
         peak, mine.watch = mine.peak, False
-        first = min(mine.step() for _ in range(3))  # the heap has grown to what a step needs
-        count = torch.tensor([max(3, min(20, int(0.5 / first)))])
-        if num_ranks > 1:
-            dist.broadcast(count, 0)
-        times = [mine.step() for _ in range(int(count))]
+        first = min(mine.step() for _ in range(2))  # the heap has grown to what a step needs
+        times = [mine.step() for _ in range(_agreed(max(3, min(20, 0.4 / first))))]
         say(case=f"{model} {strategy} {link}", times=times, peak=peak)
         print(f"{rank} {model} {strategy} {link} {statistics.median(times) * 1e3:.1f} ms", file=sys.stderr)
