@@ -19,6 +19,7 @@ import os
 import statistics
 import subprocess
 import sys
+import tempfile
 import time
 from collections import defaultdict
 from pathlib import Path
@@ -80,18 +81,20 @@ class Link:
         """The job's worker processes, rank r on core r; what they print as JSON lines, by rank."""
         cores = sorted(os.sched_getaffinity(0))
         port, processes = str(20000 + os.getpid() % 20000), []
+        said = [tempfile.TemporaryFile("w+") for _ in range(num_ranks)]  # no pipes: a full one would hold a rank up
         for rank in range(num_ranks):
             prefix = ["ip", "netns", "exec", self.spaces[rank]] if self.spaces[rank] else []
             command = [*prefix, "taskset", "-c", str(cores[rank % len(cores)]), sys.executable, __file__, "rank", str(rank), str(num_ranks)]
             env = {**os.environ, **ENV, "MASTER_ADDR": self.address, "MASTER_PORT": port, "GLOO_SOCKET_IFNAME": self.interface}
-            processes.append(subprocess.Popen(command, env=env, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True))
+            processes.append(subprocess.Popen(command, env=env, stdin=subprocess.PIPE, stdout=said[rank], text=True))
         for process in processes:
             process.stdin.write(json.dumps(job))
             process.stdin.close()
-        found = [[json.loads(line) for line in process.stdout if line.startswith("{")] for process in processes]
         if any(process.wait() for process in processes):
             raise SystemExit(f"a rank of {job['kind']} over {self.name} failed")
-        return found
+        for lines in said:
+            lines.seek(0)
+        return [[json.loads(line) for line in lines if line.startswith("{")] for lines in said]
 
 
 def sh(*command):

@@ -52,7 +52,7 @@ def operators(job, rank, num_ranks):
                 start = time.perf_counter()
                 KERNELS[op.kind](op, part, xs, outs)
                 times.append(time.perf_counter() - start)
-                if len(times) >= 60 or (len(times) >= 6 and time.perf_counter() - begun > 0.03):
+                if len(times) >= 60 or (len(times) >= 6 and time.perf_counter() - begun > 0.02):
                     break
         say(key=key, seconds=statistics.median(times[2:]))
 
