@@ -2,12 +2,13 @@
 
     python recipes/validate_simulator.py calibrate          # per-operator times, per-link message times, overlap; on other models
     python recipes/validate_simulator.py predict            # every held-out case, before any is measured; the file says when
-    python recipes/validate_simulator.py measure            # in slices of --seconds; call again until it says that all are done
-    python recipes/validate_simulator.py report             # errors, orders, ablations -> benchmarks/simulator/
+    python recipes/validate_simulator.py measure            # one round, for --seconds at most; call again for another
+    python recipes/validate_simulator.py report             # errors, orders, ablations -> benchmarks/results/simulator-real-runs.*
 
 A case is a compiled execution graph: the simulator predicts its time, `simulator/two_ranks` runs it (torch computes, gloo carries), each
-rank pinned to a core of its own. veth links between network namespaces need the right to make them (CAP_NET_ADMIN, CAP_SYS_ADMIN) and are
-skipped with a reason otherwise. Every process keeps freed memory, so that steps do not pay for page faults.
+rank pinned to a core of its own, which nothing else should use. gloo's threads run at real-time priority (CAP_SYS_NICE). veth links between
+network namespaces need the right to make them (CAP_NET_ADMIN, CAP_SYS_ADMIN) and are skipped with a reason otherwise. Every process keeps
+freed memory, so that steps do not pay for page faults.
 """
 
 from __future__ import annotations
@@ -222,7 +223,7 @@ def main():
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("mode", choices=("calibrate", "predict", "measure", "report", "rank"))
     parser.add_argument("numbers", nargs="*", type=int)
-    parser.add_argument("--folder", type=Path, default=ROOT / "benchmarks" / "simulator")
+    parser.add_argument("--folder", type=Path, default=ROOT / "benchmarks" / "results")
     parser.add_argument("--seconds", type=float, default=50.0, help="of one slice of measuring")
     parser.add_argument("--rounds", type=int, default=3, help="of calibration")
     args = parser.parse_args()
@@ -231,7 +232,7 @@ def main():
 
         return work(json.loads(sys.stdin.read()), *args.numbers)
     args.folder.mkdir(parents=True, exist_ok=True)
-    files = {name: args.folder / f"{name}.json" for name in ("calibration", "predictions", "measurements")}
+    files = {name: args.folder / f"simulator-{name}.json" for name in ("calibration", "predictions", "measurements")}
     if args.mode == "calibrate":
         calibrate(files["calibration"], args.rounds)
     elif args.mode == "predict":
