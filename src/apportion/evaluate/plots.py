@@ -62,7 +62,8 @@ def _heat_maps(report: Report, folder: Path) -> Iterable[Path]:
             [[right[depth, length] for length in lengths] for depth in depths], cmap=GREEN_TO_RED, vmin=0, vmax=1, aspect="auto"
         )
         for (depth, length), value in right.items():
-            axes.text(lengths.index(length), depths.index(depth), f"{100 * value:.0f}", ha="center", va="center", fontsize=8)
+            ink = "white" if abs(value - 0.5) > 0.4 else "black"  # on the dark ends of the colours
+            axes.text(lengths.index(length), depths.index(depth), f"{100 * value:.0f}", ha="center", va="center", fontsize=8, color=ink)
         axes.set_xticks(range(len(lengths)), lengths)
         axes.set_yticks(range(len(depths)), [f"{depth:g}" for depth in depths])
         axes.set(title=task, xlabel="length (tokens)", ylabel="depth")
