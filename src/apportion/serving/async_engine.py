@@ -251,8 +251,9 @@ class AsyncEngine:
     def _record(self, delta: SequenceDelta, now: float) -> None:
         record, index = self._records[delta.request_id], delta.index
         if delta.token_ids:
-            last = record.last_s[index]
-            ttft, itl = (None, now - last) if last else (now - record.request.arrival_s, None)
+            last, ttft, itl = record.last_s[index], None, None
+            if record.request.stream:  # otherwise everything comes at the end, and the engine says what took how long
+                ttft, itl = (None, now - last) if last else (now - record.request.arrival_s, None)
             self._metrics.on_tokens(record.request.model, len(delta.token_ids), ttft, itl)
             record.last_s[index] = now
             record.num_tokens[index] += len(delta.token_ids)

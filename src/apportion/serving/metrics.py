@@ -112,7 +112,7 @@ class Metrics:
         return found
 
     def on_tokens(self, model: str, num_tokens: int, ttft_s: float | None, itl_s: float | None) -> None:
-        """Tokens of one sequence came; those that came together waited together."""
+        """Tokens of one sequence came; those that came together waited together. Times: None where the answer is not streamed."""
         self._of(self._counters, "generation_tokens", model).inc(num_tokens)
         if ttft_s is not None:
             self._of(self._histograms, "time_to_first_token_seconds", model).observe(ttft_s)
@@ -128,13 +128,14 @@ class Metrics:
             return
         tokens = record.num_tokens
         e2e = max(record.last_s) - request.arrival_s
+        gap_s = finished.decode_s / (tokens[0] - 1) if finished.decode_s and tokens[0] > 1 else None
         observed = {
             "e2e_request_latency_seconds": e2e,
             "request_queue_time_seconds": finished.queue_s,
             "request_prefill_time_seconds": finished.prefill_s,
             "request_decode_time_seconds": finished.decode_s,
             "request_inference_time_seconds": None if finished.queue_s is None else max(0.0, e2e - finished.queue_s),
-            "request_time_per_output_token_seconds": finished.decode_s / (tokens[0] - 1) if finished.decode_s and tokens[0] > 1 else None,
+            "request_time_per_output_token_seconds": gap_s,
             "request_prompt_tokens": len(request.prompt_token_ids),
             "request_generation_tokens": sum(tokens),
             "request_max_num_generation_tokens": max(tokens),
@@ -145,6 +146,13 @@ class Metrics:
             if value is not None:
                 self._of(self._histograms, metric, model).observe(value)
         self._of(self._counters, "prompt_tokens", model).inc(len(request.prompt_token_ids))
+        if request.stream or finished.queue_s is None or finished.prefill_s is None:
+            return
+        self._of(self._histograms, "time_to_first_token_seconds", model).observe(finished.queue_s + finished.prefill_s)
+        if gap_s is not None:
+            gaps = self._of(self._histograms, "inter_token_latency_seconds", model)
+            for _ in range(sum(tokens) - len(tokens)):
+                gaps.observe(gap_s)
 
     def on_status(self, status: Status) -> None:
         for model, tokens in status.steps:

@@ -78,6 +78,17 @@ def test_a_request_is_counted_where_it_belongs(metrics):
     assert (ended.labels["finished_reason"], ended.value) == ("length", 1)
 
 
+def test_an_answer_that_is_not_streamed_has_a_first_token_too(metrics):
+    """As the engine tells it: not when the whole answer arrived."""
+    before = {name: value(metrics, name) for name in ("time_to_first_token_seconds_sum", "inter_token_latency_seconds_sum")}
+    record = RequestRecord(Generate("r", "m", [1, 2], SamplingParams(max_tokens=5, temperature=1.0, n=2), stream=False, arrival_s=200.0))
+    record.num_tokens, record.last_s, record.finish_reasons = [5, 3], [202.0, 202.0], ["length", "stop"]
+    metrics.on_end(record, Finished("r", queue_s=0.5, prefill_s=0.3, decode_s=1.2))
+    after = {name: value(metrics, name) - was for name, was in before.items()}
+    assert after == {"time_to_first_token_seconds_sum": pytest.approx(0.8), "inter_token_latency_seconds_sum": pytest.approx(6 * 0.3)}
+    assert value(metrics, "inter_token_latency_seconds_count") == 2 + 6 and value(metrics, "time_to_first_token_seconds_count") == 2
+
+
 def test_older_names_say_the_same(metrics):
     found = families(metrics)
     assert value(metrics, "gpu_cache_usage_perc") == 0.25
