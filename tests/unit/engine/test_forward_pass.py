@@ -1,5 +1,7 @@
 """Short steps are recorded and replayed: the same bits, the model's Python called once; and what keeps steps from being recorded."""
 
+import subprocess
+import sys
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -92,3 +94,16 @@ def test_long_steps_and_kernels_without_a_recorder():
     reference = start("reference")
     reference.run(inputs(reference, [[3]], [0]))
     assert reference.run.obstacle == "reference kernels cannot be recorded"
+
+
+def test_recording_does_not_load_torchs_compiler():
+    """Which takes longer than all else that the first token of a small model waits for."""
+    script = """
+import sys
+from apportion import LLM, SamplingParams
+with LLM() as llm:
+    llm.generate("Once", SamplingParams(max_tokens=3), use_tqdm=False)
+sys.exit("torch._dynamo was loaded" if "torch._dynamo" in sys.modules else 0)
+"""
+    done = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
