@@ -45,7 +45,6 @@ $(VENV)/.installed: $(VENV)/.tools $(SOURCES)
 # Every tile of every Triton kernel compiled for four GPUs, none of which need be there: the record in benchmarks/results.
 .PHONY: triton-sweep
 triton-sweep: $(VENV)/.installed
-	$(BIN)/pip install --quiet --disable-pip-version-check "triton==3.6.*"
 	$(BIN)/python scripts/triton_sweep.py
 
 # The CPU kernels, built into src/ so that the checkout runs without being installed.

@@ -8,9 +8,9 @@ def choose() -> None:
     """Interpret every kernel decorated from now on, if Triton is installed and there is no GPU to run them."""
     import torch
 
-    if not find_spec("triton") or torch.cuda.is_available() or os.environ.get("TRITON_INTERPRET") == "1":
+    if not find_spec("triton") or torch.cuda.is_available():
         return
-    os.environ["TRITON_INTERPRET"] = "1"
+    os.environ["TRITON_INTERPRET"] = "1"  # what a process of pytest-xdist finds set already: each has to mend its own interpreter
     mend()
 
 

@@ -156,7 +156,7 @@ def test_paged_attention_rotates_and_normalizes(make_ops, reference, capability,
 
 
 def test_paged_attention_crosses_partitions(make_ops, reference, capability, kv_dtype, interpreted):
-    steps = ([250, 515], [1, 1]) if interpreted else ([PARTITION_LEN - 2, 2 * PARTITION_LEN + 5], [5, 1])
+    steps = ([2, 260], [1, 1]) if interpreted else ([PARTITION_LEN - 2, 2 * PARTITION_LEN + 5], [5, 1])
     compare_paged(make_ops, reference, capability, paged_spec("7-to-1", kv_dtype), steps)
 
 

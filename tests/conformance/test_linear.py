@@ -52,10 +52,10 @@ def test_linear(make_ops, reference, capability, weight_dtype, n, c, bias, thin)
 
 @pytest.mark.parametrize("f, c", [(1, 8), (47, 33), (64, 96), (129, 1056)], ids=str)
 @pytest.mark.parametrize("bias", [False, True])
-def test_gated_linear(make_ops, reference, capability, weight_dtype, f, c, bias):
+def test_gated_linear(make_ops, reference, capability, weight_dtype, f, c, bias, thin):
     op, weight = linear(make_ops("linear"), 2 * f, c, weight_dtype, bias, pieces=1 if f == 1 else 3, gated=True)
     oracle, _ = linear(reference, 2 * f, c, weight_dtype, bias, gated=True)
-    for rows in (*ROWS, 290, 600):
+    for rows in thin((*thin(ROWS), 290, 600)):
         x = torch.randn(rows, c) / c**0.5
         y, seen = op(x), seen_by(capability, x, weight_dtype)
         bound = 4e-7 * max(4, c**0.5) * (seen.abs() @ weight.abs().T + 1)
