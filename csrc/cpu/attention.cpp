@@ -2,7 +2,7 @@
 #include "attention.h"
 
 #include <algorithm>
-#include <atomic>
+#include <bit>
 
 #include "kernel_table.h"
 #include "thread_team.h"
@@ -98,19 +98,29 @@ void PagedAttention::write(Plan& plan, int64_t layer_offset, float* qkv, int64_t
 }
 
 void PagedAttention::run(Plan& plan, int64_t layer_offset, const float* q, int64_t q_stride, float* out, int64_t out_stride,
-                         const float* scales) const {
+                         const float* scales, const float* phi) {
   float* workspace = plan.workspace_floats ? reinterpret_cast<float*>(team_.shared(plan.workspace_floats * sizeof(float))) : nullptr;
-  const RunCall call{&shape_, arena_ + layer_offset, q, q_stride, out, out_stride, &plan, workspace, scales};
+  const RunCall call{&shape_, arena_ + layer_offset, q, q_stride, out, out_stride, &plan, workspace, scales, phi};
   const auto kernel = (shape_.latent ? kernels_.run_latent : kernels_.run)[int(shape_.format)];
   const size_t bytes = kernels_.scratch_bytes(shape_);
   deal(team_, plan.items.size(), plan.run_work, [&](int64_t i, int thread) {
     const Item& item = plan.items[i];
-    kernel(call, item, team_.local(thread, bytes));
-    if (item.merge < 0) return;
-    std::atomic_ref<int> pending(plan.pending[item.merge]);
-    if (pending.fetch_sub(1, std::memory_order_acq_rel) > 1) return;
-    pending.store(plan.merges[item.merge].items, std::memory_order_relaxed);  // ready for the next layer
-    kernels_.merge(call, item, plan.merges[item.merge], team_.local(thread, bytes));
+    std::byte* scratch = team_.local(thread, bytes);
+    RowMask left = kernel(call, item, ~RowMask(0), scratch);
+    Item whole = item;
+    if (item.merge >= 0) {
+      std::atomic_ref<int> pending(plan.pending[item.merge]);
+      if (pending.fetch_sub(1, std::memory_order_acq_rel) > 1) return;
+      const Merge& merge = plan.merges[item.merge];
+      pending.store(merge.items, std::memory_order_relaxed);  // ready for the next layer
+      left = kernels_.merge(call, item, merge, scratch);
+      whole.merge = -1, whole.first_partition = merge.first_partition, whole.last_partition = merge.first_partition + merge.num_partitions;
+    }
+    if (left == 0) return;
+    RunCall safe = call;
+    safe.phi = nullptr;
+    kernel(safe, whole, left, scratch);
+    recomputed_.fetch_add(std::popcount(left), std::memory_order_relaxed);
   });
 }
 

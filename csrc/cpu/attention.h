@@ -8,8 +8,12 @@
 // partition that a row cannot see leaves the row's state exactly as it was, so neither the tile a row falls into nor whether its
 // tokens came as prefill or decode can change a bit of its result.
 //
+// Where a head has a unified maximum (RunCall::phi) a partition takes it for its running one, so that nothing is scaled again and
+// partitions add up (FlashDecoding++, arXiv:2311.01282, section 3). A row whose sum leaves [2^-RANGE, 2^RANGE] is computed again.
+//
 // V must not hold NaN beyond the context, as 0 * NaN is NaN: `write` clears a SPAN of V before its first token.
 #pragma once
+#include <atomic>
 #include <cstddef>
 #include <cstdint>
 #include <vector>
@@ -25,6 +29,7 @@ constexpr int SPAN = 32;         // aligned tokens that one item of `write` owns
 constexpr int CHUNK = 64;        // tokens between two updates of the running maximum
 constexpr int PARTITION = 1024;  // kernels/ops.PARTITION_LEN
 constexpr int ROWS = 32;         // rows of a tile
+constexpr int RANGE = 60;        // powers of two about the unified maximum: what float32 loses below is 2^-66 of a sum
 
 enum class Format { FP32, BF16, FP16, E4M3, E5M2 };
 constexpr int NUM_FORMATS = 5;
@@ -118,17 +123,22 @@ struct RunCall {
   const Plan* plan;
   float* workspace;
   const float* scales;  // as in WriteCall
+  const float* phi;     // [num_heads] or null: each head's unified maximum, of scores without their scale; NaN: it has none
 };
+
+using RowMask = uint32_t;  // rows of an item
+static_assert(ROWS == 32);
 
 // What one instruction set supplies, per format.
 struct Kernels {
   using Write = void (*)(const WriteCall&, const WriteItem&, std::byte* scratch);
-  using Run = void (*)(const RunCall&, const Item&, std::byte* scratch);
+  // Write those of `rows` whose sums stayed in range; return the others.
+  using Run = RowMask (*)(const RunCall&, const Item&, RowMask rows, std::byte* scratch);
   Write write[NUM_FORMATS];
   Write write_latent[NUM_FORMATS];
   Run run[NUM_FORMATS];
   Run run_latent[NUM_FORMATS];
-  void (*merge)(const RunCall&, const Item&, const Merge&, std::byte* scratch);
+  RowMask (*merge)(const RunCall&, const Item&, const Merge&, std::byte* scratch);  // as Run
   void (*rotate)(float* x, int64_t row_stride, int64_t head_stride, int rows, int heads, int rotary_dim, const int32_t* positions,
                  const float* cos_sin, bool interleaved);
   size_t (*scratch_bytes)(const Shape&);  // of one thread
@@ -142,13 +152,16 @@ class PagedAttention {
   void plan(Plan& plan, int num_requests) const;
   void write(Plan& plan, int64_t layer_offset, float* qkv, int64_t stride, const int32_t* positions, const float* cos_sin, const float* q_norm,
              const float* k_norm, const float* scales) const;
-  void run(Plan& plan, int64_t layer_offset, const float* q, int64_t q_stride, float* out, int64_t out_stride, const float* scales) const;
+  void run(Plan& plan, int64_t layer_offset, const float* q, int64_t q_stride, float* out, int64_t out_stride, const float* scales,
+           const float* phi);
+  int64_t recomputed() const { return recomputed_.load(std::memory_order_relaxed); }  // rows that left the range, ever
 
  private:
   ThreadTeam& team_;
   Shape shape_;
   std::byte* arena_;
   const Kernels& kernels_;
+  std::atomic<int64_t> recomputed_ = 0;
 };
 
 }  // namespace attention

@@ -307,18 +307,20 @@ void rotate(float* x, int64_t row_stride, int64_t head_stride, int rows, int hea
 }
 
 template <typename F>
-void run(const RunCall& call, const Item& item, std::byte* scratch) {
+RowMask run(const RunCall& call, const Item& item, RowMask rows, std::byte* scratch) {
 #if defined(__AMX_BF16__)
   if constexpr (std::is_same_v<F, Bf16>)
-    if (TileProducts::fits(*call.shape)) return run_tile<TileProducts>(call, item, scratch);
+    if (TileProducts::fits(*call.shape)) return run_tile<TileProducts>(call, item, rows, scratch);
 #endif
 #if defined(__AVX512BF16__)
-  if constexpr (std::is_same_v<F, Bf16>) return run_tile<PairProducts>(call, item, scratch);
+  if constexpr (std::is_same_v<F, Bf16>) return run_tile<PairProducts>(call, item, rows, scratch);
 #endif
-  run_tile<VectorProducts<F, false>>(call, item, scratch);
+  return run_tile<VectorProducts<F, false>>(call, item, rows, scratch);
 }
 template <typename F>
-void run_latent(const RunCall& call, const Item& item, std::byte* scratch) { run_tile<VectorProducts<F, true>>(call, item, scratch); }
+RowMask run_latent(const RunCall& call, const Item& item, RowMask rows, std::byte* scratch) {
+  return run_tile<VectorProducts<F, true>>(call, item, rows, scratch);
+}
 
 size_t scratch_bytes(const Shape& shape) { return tile_bytes(shape); }
 

@@ -14,7 +14,7 @@ constexpr int AHEAD = 2;  // heads of a chunk between fetching and use
 constexpr float LOWEST = -1e30f;  // a maximum before any token; finite, so that LOWEST - LOWEST is 0
 constexpr float LOG2E = 1.44269504f;
 
-// 2^x for x <= 0: 1 at 0 exactly, 0 below -126, NaN for NaN. Cephes exp2f.
+// 2^x for x <= 126: 1 at 0 exactly, 0 below -126, NaN for NaN. Cephes exp2f.
 APPORTION_INLINE V exp2(V x) {
   const V low = set1(-126.f), clamped = max(low, x);  // the second operand wins where x is NaN
   const V magic = set1(12582912.f);                   // 1.5 * 2^23: adding and subtracting it rounds to an integer
@@ -51,6 +51,8 @@ struct Tile {
   int rows, rows_per_head, q_stride, acc_stride;
   int low[ROWS], high[ROWS];  // row r sees tokens [low, high)
   int begin, end;             // what any row sees
+  bool unified[ROWS];
+  float phi[ROWS];            // where a partition's maximum starts, and stays if unified
   float highest[ROWS];        // running maximum of the scores, unscaled
   float* q;                   // [ROWS][q_stride], padded with zeros
   float* scores;              // [ROWS][CHUNK], then probabilities in the same place
@@ -87,6 +89,9 @@ APPORTION_INLINE void load_tile(Tile& tile, const RunCall& call, const Item& ite
     const float factor = shape.unit() * (call.scales ? call.scales[item.kv_head + r / item.num_rows] : 1.f);
     for (int c = 0; c < shape.head_dim; ++c) tile.q[r * tile.q_stride + c] = q[c] * factor;
     std::memset(tile.q + r * tile.q_stride + shape.head_dim, 0, (tile.q_stride - shape.head_dim) * sizeof(float));
+    const float phi = call.phi == nullptr ? NAN : call.phi[head];
+    tile.unified[r] = phi == phi;
+    tile.phi[r] = tile.unified[r] ? phi : LOWEST;
     tile.high[r] = start + row / group + 1;
     tile.low[r] = shape.window ? std::max(0, tile.high[r] - shape.window) : 0;
   }
@@ -116,6 +121,29 @@ APPORTION_INLINE Chunk move(const Chunk& chunk, int64_t k_dwords, int64_t v_dwor
   return moved;
 }
 
+// One row's scores -> probabilities under its unified maximum: neither sums nor accumulators change their scale. What is far too high is
+// held at a power that is still a number, and shows in the sum.
+template <typename Method, bool MASKED>
+APPORTION_INLINE void unify(Tile& tile, const Chunk& chunk, int r, V lane, float scale) {
+  const int vectors = chunk.subs * (SUB / WIDTH);
+  const float* scores = tile.scores + r * CHUNK;
+  const V low = set1(float(tile.low[r] - chunk.first) - 0.5f), high = set1(float(tile.high[r] - chunk.first)), hidden = set1(-INFINITY);
+  const V shift = set1(tile.phi[r] * scale), factor = set1(scale), most = set1(126.f);
+  V sum = load(tile.sums + r * WIDTH);
+  for (int v = 0; v < vectors; ++v) {
+    V power = load(scores + v * WIDTH) * factor - shift;
+    power = select_less(most, power, most, power);
+    if constexpr (MASKED) {
+      const V token = lane + set1(float(v * WIDTH));
+      power = select_less(token, high, select_less(low, token, power, hidden), hidden);
+    }
+    const V p = exp2(power);
+    sum = sum + p;
+    Method::put(tile, r, v, p);
+  }
+  store(tile.sums + r * WIDTH, sum);
+}
+
 // Scores -> probabilities, the row's maximum, sums and accumulators kept in step. MASKED: some row does not see all of the chunk.
 template <typename Method, bool MASKED>
 APPORTION_INLINE void soften(Tile& tile, const Chunk& chunk) {
@@ -126,6 +154,10 @@ APPORTION_INLINE void soften(Tile& tile, const Chunk& chunk) {
   const V lane = load(index);
   for (int r = 0; r < tile.rows; ++r) {
     float* scores = tile.scores + r * CHUNK;
+    if (tile.unified[r]) {
+      unify<Method, MASKED>(tile, chunk, r, lane, scale);
+      continue;
+    }
     V top = set1(LOWEST);
     if constexpr (MASKED) {
       const V low = set1(float(tile.low[r] - chunk.first) - 0.5f), high = set1(float(tile.high[r] - chunk.first));
@@ -159,7 +191,7 @@ APPORTION_INLINE void soften(Tile& tile, const Chunk& chunk) {
 
 template <typename Method>
 APPORTION_INLINE void walk_partition(Tile& tile, const RunCall& call, const Item& item, int begin, int end) {
-  std::fill(tile.highest, tile.highest + tile.rows, LOWEST);
+  std::copy(tile.phi, tile.phi + tile.rows, tile.highest);
   std::memset(tile.acc, 0, sizeof(float) * tile.rows * tile.acc_stride);
   std::memset(tile.sums, 0, sizeof(float) * tile.rows * WIDTH);
   const int all_low = tile.low[item.num_rows - 1], all_high = tile.high[0];  // every row sees [all_low, all_high)
@@ -198,6 +230,13 @@ APPORTION_INLINE void merge_row(float* total, const float* acc, float highest, f
   }
 }
 
+// The softmax of a row under a unified maximum lost nothing. A NaN is one either way.
+APPORTION_INLINE bool in_range(const RunCall& call, const Item& item, int r, float sum) {
+  if (call.phi == nullptr) return true;
+  const int group = call.shape->group(), head = (item.kv_head + r / item.num_rows) * group + (item.first_row + r % item.num_rows) % group;
+  return call.phi[head] != call.phi[head] || !(sum < std::ldexp(1.f, -RANGE) || sum > std::ldexp(1.f, RANGE));
+}
+
 APPORTION_INLINE void write_row(const RunCall& call, const Item& item, int r, const float* total) {
   const Shape& shape = *call.shape;
   const int group = shape.group(), row = item.first_row + r % item.num_rows, width = shape.v_head_dim;
@@ -210,7 +249,7 @@ APPORTION_INLINE void write_row(const RunCall& call, const Item& item, int r, co
 }
 
 template <typename Method>
-void run_tile(const RunCall& call, const Item& item, std::byte* scratch) {
+RowMask run_tile(const RunCall& call, const Item& item, RowMask rows, std::byte* scratch) {
   Tile tile;
   load_tile(tile, call, item, scratch);
   Method::prepare(tile);
@@ -232,21 +271,29 @@ void run_tile(const RunCall& call, const Item& item, std::byte* scratch) {
     }
   }
   Method::finish();
-  if (merge == nullptr)
-    for (int r = 0; r < tile.rows; ++r) write_row(call, item, r, tile.total + r * size);
+  RowMask left = 0;
+  for (int r = 0; r < tile.rows && merge == nullptr; ++r) {
+    if (!(rows >> r & 1)) continue;
+    if (in_range(call, item, r, tile.total[r * size + padded(width) + 1])) write_row(call, item, r, tile.total + r * size);
+    else left |= RowMask(1) << r;
+  }
+  return left;
 }
 
-inline void merge_partitions(const RunCall& call, const Item& item, const Merge& merge, std::byte* scratch) {
+inline RowMask merge_partitions(const RunCall& call, const Item& item, const Merge& merge, std::byte* scratch) {
   const Shape& shape = *call.shape;
   const int size = partial_floats(shape), width = padded(shape.v_head_dim);
   float* total = reinterpret_cast<float*>(scratch);
+  RowMask left = 0;
   for (int r = 0; r < item.rows(); ++r) {
     for (int part = 0; part < merge.num_partitions; ++part) {
       const float* partial = call.workspace + merge.partials + (int64_t(part) * item.rows() + r) * size;
       merge_row(total, partial, partial[width], partial[width + 1], shape.v_head_dim, shape.scale * LOG2E, part == 0);
     }
-    write_row(call, item, r, total);
+    if (in_range(call, item, r, total[width + 1])) write_row(call, item, r, total);
+    else left |= RowMask(1) << r;
   }
+  return left;
 }
 
 }  // namespace apportion::APPORTION_ISA

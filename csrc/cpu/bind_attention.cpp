@@ -102,10 +102,12 @@ void bind_attention(nb::module_& m) {
                           at<const float>(q_norm), at<const float>(k_norm), at<const float>(scales));
              });
            })
-      .def("run", [](const PagedAttention& self, Plan& plan, int64_t layer_offset, Address q, int64_t q_stride, Address out, int64_t out_stride,
-                     Address scales) {
+      .def_prop_ro("recomputed", &PagedAttention::recomputed)
+      .def("run", [](PagedAttention& self, Plan& plan, int64_t layer_offset, Address q, int64_t q_stride, Address out, int64_t out_stride,
+                     Address scales, Address phi) {
         perform(self.team(), [=, &self, &plan] {
-          self.run(plan, layer_offset, at<const float>(q), q_stride, at<float>(out), out_stride, at<const float>(scales));
+          self.run(plan, layer_offset, at<const float>(q), q_stride, at<float>(out), out_stride, at<const float>(scales),
+                   at<const float>(phi));
         });
       });
 

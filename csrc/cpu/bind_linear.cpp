@@ -25,6 +25,8 @@ class Linear {
     up_ = w_;
   }
 
+  int gemv_rows() const { return kernels_->gemv_rows; }
+  void set_gemv(uint64_t rows) { w_.gemv = up_.gemv = rows; }
   int64_t nbytes() const { return (bias_start() + bias_bytes() + w_.extra_bytes() + 255) / 256 * 256; }
   int64_t bias_start() const { return num_matrices() * w_.nbytes(); }
 
@@ -104,6 +106,8 @@ void bind_linear(nb::module_& m) {
   nb::class_<Linear>(m, "Linear", "A weight in packed panels (linear.h). Addresses are integers, strides count elements.")
       .def(nb::init<ThreadTeam&, const WeightFormat&, int64_t, int64_t, bool, bool>(), "team"_a, "format"_a, "out_features"_a, "in_features"_a, "bias"_a,
            "gated"_a, nb::keep_alive<1, 2>())
+      .def_prop_ro("gemv_rows", &Linear::gemv_rows, "most rows of a GEMV")
+      .def("set_gemv", &Linear::set_gemv, "rows"_a, "bit r - 1: r rows are multiplied as a GEMV")
       .def_prop_ro("nbytes", &Linear::nbytes)
       .def_prop_ro("bias_start", &Linear::bias_start)
       .def("bind", &Linear::bind, "buffer"_a)

@@ -157,6 +157,6 @@ void gather(ThreadTeam& team, const PackedMatrix& w, const int32_t* ids, int64_t
 }  // namespace
 
 extern const LinearKernels linear_kernels;
-const LinearKernels linear_kernels = {.multiply = multiply, .multiply_gated = multiply_gated, .pack = pack, .gather = gather};
+const LinearKernels linear_kernels = {.gemv_rows = DIRECT_ROWS, .multiply = multiply, .multiply_gated = multiply_gated, .pack = pack, .gather = gather};
 
 }  // namespace apportion::APPORTION_ISA

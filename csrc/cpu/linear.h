@@ -53,12 +53,14 @@ struct PackedMatrix {
   int64_t stride = 0;                  // bytes from a panel to the next, where another matrix lies between them; 0: none
   const int32_t* order = nullptr;      // [C]: the input channel of each column, or null
   const float* input_scale = nullptr;  // of a fixed rounding
+  uint64_t gemv = ~uint64_t(0);        // bit r - 1: r rows may be multiplied directly, as far as the instruction set can (`gemv_rows`)
 
   DType dtype() const { return format.dtype; }
   int64_t num_panels() const { return padded(N) / PANEL; }
   // C padded: int8 to whole int8 tiles.
   int64_t depth() const { return dtype() == DType::INT8 && format.group % 64 == 0 ? aligned(C) : padded(C); }
   int64_t group() const { return format.group == 0 ? depth() : format.group; }
+  bool is_gemv(int64_t rows, int most) const { return rows <= most && (gemv >> (rows - 1) & 1); }
   int64_t num_groups() const { return (C + group() - 1) / group(); }
   int64_t scale_bytes() const { return aligned(num_groups() * (format.common ? 1 : PANEL) * element_bytes(format.scale_dtype)); }
   int64_t zero_bytes() const {
@@ -82,7 +84,10 @@ struct PackedMatrix {
   int columns(int64_t p) const { return int(N - p * PANEL < PANEL ? N - p * PANEL : PANEL); }
 };
 
+// Two ways through a panel, of one order of sums: as a GEMV, every number widened in registers where it is multiplied, or flat, a block
+// of channels widened once, into L1, for all rows. Which is faster for how many rows is measured (PackedMatrix::gemv).
 struct LinearKernels {
+  int gemv_rows;  // most rows of a GEMV
   // y[rows, N] = x[rows, C] w^T + bias; x and y have row strides in floats.
   void (*multiply)(ThreadTeam& team, const PackedMatrix& w, const float* x, int64_t x_stride, float* y, int64_t y_stride, int64_t rows);
   // y[rows, N] = silu(x gate^T + bias) * (x up^T + bias), gate and up of one shape and dtype.

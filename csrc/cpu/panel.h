@@ -137,7 +137,7 @@ static void multiply_panel_vectors(const PackedMatrix& w, int64_t p, const float
   const float* bias = w.panel_bias(p);
   const int columns = w.columns(p);
   const int64_t C = w.C;
-  if (rows <= DIRECT_ROWS) {
+  if (w.is_gemv(rows, DIRECT_ROWS)) {
     const Slice all = {panel, C, x, x_stride, y, y_stride, columns, bias, false, panel + PREFETCH_BYTES, 128};
     return multiply_up_to<Format, DIRECT_ROWS, PANEL_VECTORS>(all, int(rows));
   }

@@ -135,7 +135,7 @@ void multiply_quantized(const PackedMatrix& w, int64_t p, const Rows& rows, floa
   const int64_t depth = w.depth(), group = scaled_together(w);
   for (int64_t first = 0; first < rows.count; first += CODE_ROWS) {
     const int64_t last = smaller(rows.count, first + CODE_ROWS), all = last - first;
-    const bool direct = all <= DIRECT_ROWS;
+    const bool direct = w.is_gemv(all, DIRECT_ROWS);
     const int64_t height = direct ? all : ceil_div(all, ceil_div(all, BLOCK_ROWS));
     for (int64_t k = 0; k < depth;) {
       const int64_t end = block_end(k, group, depth);

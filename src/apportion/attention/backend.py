@@ -43,6 +43,13 @@ class AttentionBackend(Protocol):
     @property
     def generation(self) -> int: ...
 
+    @property
+    def recomputed(self) -> int:
+        """Rows whose softmax left the range of a unified maximum, ever. Waits for the device where there is one."""
+
+    def unify(self, layer: int, phi_H: Tensor) -> None:
+        """kernels/ops.PagedAttention.unify."""
+
     def plan(self, metadata: AttentionMetadata) -> AttentionMetadata:
         """Prepare `metadata` (fill `handle`) for every layer of the group."""
 

@@ -19,7 +19,10 @@ class DenseBackend:
         self._ops = ops
         self._cos_sin = cos_sin
 
-    generation = 0
+    generation = recomputed = 0
+
+    def unify(self, layer: int, phi_H: Tensor) -> None:
+        raise InternalError("dense attention computes the library's softmax")
 
     def plan(self, metadata: AttentionMetadata) -> AttentionMetadata:
         starts = metadata.query_start_loc[: metadata.num_requests + 1]
@@ -50,14 +53,14 @@ class DenseBackend:
         out = out_TC.unflatten(-1, (heads, -1))
         for first, last in zip(metadata.handle[:-1], metadata.handle[1:], strict=True):
             rows = slice(first, last)
-            mask = _visible(last - first, spec.kv.sliding_window)
+            mask = visible(last - first, spec.kv.sliding_window)
             query, key, value = (x[rows].transpose(0, 1) for x in (q, k, v))
             attended = F.scaled_dot_product_attention(query, key, value, attn_mask=mask, scale=spec.scale, enable_gqa=True)
             out[rows] = attended.transpose(0, 1)
         return out_TC
 
 
-def _visible(length: int, window: int | None) -> Tensor:
+def visible(length: int, window: int | None) -> Tensor:
     """[query, key]: True where a query sees a key, at most `window` tokens back, itself included."""
     visible = torch.ones(length, length, dtype=torch.bool).tril_()
     return visible if window is None else visible.triu_(1 - window)

@@ -21,11 +21,20 @@ class PagedBackend:
         self._kernel = ops.paged_attention(spec, arena)
         self._cos_sin = cos_sin
         self._scales = scales or {}
+        self._unified = False
         self._offsets = {layer: spec.kv.layer_offset(layer) for layer in spec.kv.layers}
 
     @property
     def generation(self) -> int:
         return self._kernel.generation
+
+    @property
+    def recomputed(self) -> int:
+        return int(self._kernel.recomputed) if self._unified else 0
+
+    def unify(self, layer: int, phi_H: Tensor) -> None:
+        self._kernel.unify(self._offsets[layer], phi_H)
+        self._unified = True
 
     def plan(self, metadata: AttentionMetadata) -> AttentionMetadata:
         m = metadata

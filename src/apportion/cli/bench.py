@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING, Any
 from apportion.cli import bench_serve
 from apportion.cli.flags import add_engine_flags
 from apportion.cli.loading import load_llm
+from apportion.core.errors import InvalidParameter
 
 if TYPE_CHECKING:
     from apportion.llm import LLM
@@ -21,6 +22,8 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     latency.add_argument("--batch-size", type=int, default=8)
     latency.add_argument("--num-iters-warmup", type=int, default=1)
     latency.add_argument("--num-iters", type=int, default=5)
+    latency.add_argument("--breakdown", action="store_true", help="also one decode step, operator by operator")
+    latency.add_argument("--trace", type=Path, metavar="FILE", help="with --breakdown: that step for ui.perfetto.dev")
     throughput = commands.add_parser("throughput", help="how much a queue of requests gets through in all")
     throughput.add_argument("--num-prompts", type=int, default=64)
     throughput.add_argument("--random-range-ratio", type=float, default=0.0, metavar="R", help="lengths are drawn from length * (1 +- R)")
@@ -60,8 +63,11 @@ def run(args: argparse.Namespace) -> int:
 def _latency(args: argparse.Namespace) -> dict[str, Any]:
     from apportion.bench.latency import measure_latency
 
+    if args.trace and not args.breakdown:
+        raise InvalidParameter("--trace needs --breakdown")
     with load_llm(args, quiet=args.quiet) as llm:
-        return measure_latency(
+        folder = Path(llm.config.models[0].model)
+        result = measure_latency(
             llm,
             vocab=_vocab(llm),
             batch_size=args.batch_size,
@@ -71,6 +77,20 @@ def _latency(args: argparse.Namespace) -> dict[str, Any]:
             num_iters=args.num_iters,
             seed=args.data_seed,
         )
+    return result | (_breakdown(args, folder) if args.breakdown else {})
+
+
+def _breakdown(args: argparse.Namespace, folder: Path) -> dict[str, Any]:
+    """The middle of the outputs is the step that is taken apart."""
+    from apportion.bench.breakdown import measure_breakdown
+    from apportion.bench.kernels import make_ops
+
+    ops = make_ops(getattr(args, "num_threads", None))
+    context_len = args.input_len + args.output_len // 2
+    found = measure_breakdown(folder, ops, batch_size=args.batch_size, context_len=context_len, dtype=getattr(args, "dtype", "auto"))
+    if args.trace:
+        args.trace.write_text(json.dumps(found.trace))
+    return {"breakdown_step_ms": found.step_ms} | {f"breakdown_{kind}_ms": ms for kind, ms in found.ms.items()}
 
 
 def _throughput(args: argparse.Namespace) -> dict[str, Any]:

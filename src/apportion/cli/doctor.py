@@ -5,7 +5,6 @@ from __future__ import annotations
 import argparse
 import json
 import platform
-import sys
 from dataclasses import asdict, dataclass
 from importlib import metadata
 from importlib.util import find_spec
@@ -56,6 +55,7 @@ def examine(kernels: str = "auto") -> tuple[dict[str, dict[str, Any]], list[Find
     from apportion.engine.memory_plan import format_bytes
     from apportion.kernels.cpu.extension import features
     from apportion.kernels.dispatch import choose, implementations
+    from apportion.platforms.cpu import processor_name
     from apportion.platforms.platform import select_platform
 
     device = select_platform()
@@ -65,7 +65,7 @@ def examine(kernels: str = "auto") -> tuple[dict[str, dict[str, Any]], list[Find
     report = {
         "software": {"apportion": __version__, "python": platform.python_version(), "system": platform.platform(), **_versions()},
         "machine": {
-            "processor": _processor(),
+            "processor": processor_name(),
             "cores": device.num_cores,
             "memory": format_bytes(device.total_memory()),
             "free memory": format_bytes(device.free_memory()),
@@ -116,15 +116,6 @@ def _formats(ops: Any) -> dict[str, str]:
 
 def _versions() -> dict[str, str]:
     return {name: metadata.version(name) for name in ("numpy", "tokenizers", "safetensors") if find_spec(name)}
-
-
-def _processor() -> str:
-    if sys.platform == "linux":
-        with open("/proc/cpuinfo", encoding="utf-8") as lines:
-            for line in lines:
-                if line.startswith("model name"):
-                    return line.partition(":")[2].strip()
-    return platform.processor() or platform.machine()
 
 
 def _text(value: Any) -> str:

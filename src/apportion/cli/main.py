@@ -25,6 +25,7 @@ VERBS = {
     "eval": "measure quality: perplexity, distance to a reference, retrieval, free text, questions",
     "quantize": "write a quantized checkpoint of a model",
     "inspect": "say what is stored in a checkpoint, tensor by tensor, and what each projection is computed in",
+    "profile": "measure what the engine can choose by: unified maxima of attention, the fastest way through each linear",
     "bench": "measure throughput or latency, or write a model of random weights to measure with",
     "simulate": "say how fast a parallel strategy would be on a cluster, and whether it would fit",
     "doctor": "say what this machine offers, which kernels are chosen and why, and what is missing",

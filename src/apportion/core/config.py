@@ -42,6 +42,7 @@ class ModelConfig:
     dtype: str = "auto"
     max_model_len: int | None = None
     quantization: str | None = None
+    softmax_table: str | None = None  # unified maxima of attention (core/softmax_table), a JSON file
     load_format: str = "auto"  # or "dummy": random weights of the config's shapes, for benchmarks
     seed: int = 0
 

@@ -12,7 +12,7 @@ from apportion.core.errors import InvalidParameter
 
 # keyword -> the part of EngineConfig that it belongs to
 PARTS = {
-    ModelConfig: ("revision", "dtype", "max_model_len", "quantization", "load_format", "seed"),
+    ModelConfig: ("revision", "dtype", "max_model_len", "quantization", "softmax_table", "load_format", "seed"),
     CacheConfig: ("block_size", "kv_cache_dtype", "kv_cache_memory", "enable_prefix_caching"),
     SchedulerConfig: (
         "max_num_seqs", "max_num_batched_tokens", "scheduling_policy", "enable_chunked_prefill", "long_prefill_token_threshold",

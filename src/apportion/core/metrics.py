@@ -12,6 +12,7 @@ class EngineMetrics:
     prompt_tokens: int = 0
     generation_tokens: int = 0
     num_preemptions: int = 0
+    softmax_rows_recomputed: int = 0  # under a unified maximum: rows of attention whose scores left its range
     prefix_cache_queries: int = 0  # tokens looked up
     prefix_cache_hits: int = 0  # tokens found
     num_requests_running: int = 0

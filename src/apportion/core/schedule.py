@@ -120,3 +120,4 @@ class ModelRunnerOutput:
     pooled: dict[str, list[float]] = field(default_factory=dict)  # this chunk's part: the sum of its rows, or the row asked for
     errors: dict[str, str] = field(default_factory=dict)  # request id -> one sentence; the others go on
     execute_s: float = 0.0
+    softmax_rows_recomputed: int = 0

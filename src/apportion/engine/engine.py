@@ -219,6 +219,7 @@ class Engine:
         ended = lane.poll(timeout_s)
         for scheduler, step, output in ended:
             updates = scheduler.update(step, output)
+            scheduler.metrics.softmax_rows_recomputed += output.softmax_rows_recomputed
             self.ended_steps.append((scheduler.model, step.output.total_tokens))
             self._process(updates)  # before the next step that has ended: a request that its text ends takes no more tokens
             self._updates += updates

@@ -41,6 +41,7 @@ class ModelRunner:
         self.batch = InputBatch(len(backends), spec.vocab)
         self.forward = ForwardPass(model, tuple(backends), ops)
         self.sampler = Sampler(ops)
+        self._backends, self._recomputed = backends, 0
 
     def execute(self, step: SchedulerOutput) -> ModelRunnerOutput:
         started = time.perf_counter()
@@ -56,6 +57,8 @@ class ModelRunner:
                 self._pool(inputs, hidden_TM, output)
             if len(inputs.sampled):
                 self._sample(inputs, hidden_TM, logits_TV, step.grammar_mask, output)
+            recomputed = sum(backend.recomputed for backend in self._backends)
+            output.softmax_rows_recomputed, self._recomputed = recomputed - self._recomputed, recomputed
         output.execute_s = time.perf_counter() - started
         return output
 

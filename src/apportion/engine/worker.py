@@ -13,6 +13,7 @@ import traceback
 from collections.abc import Callable
 from dataclasses import dataclass
 from functools import partial
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -20,14 +21,16 @@ import torch
 from apportion.core.config import ModelConfig
 from apportion.core.errors import InternalError
 from apportion.core.kv_spec import KVGroupSpec
+from apportion.core.model_hash import model_hash
 from apportion.core.model_spec import ModelSpec
 from apportion.core.schedule import ModelRunnerOutput, SchedulerOutput
+from apportion.core.softmax_table import SoftmaxTable
 from apportion.engine.executor.channel import Channel
 from apportion.engine.executor.worker_client import refusable
 from apportion.engine.model_runner import ModelRunner
 from apportion.kernels.dispatch import select_ops
 from apportion.kvcache.storage import KVStorage
-from apportion.layers.attention import bind_paged_attention
+from apportion.layers.attention import bind_paged_attention, unify_softmax
 from apportion.models.loader import Progress, attach_model, load_model
 from apportion.parallel.groups import connect
 from apportion.platforms.arena import Arena
@@ -76,6 +79,10 @@ class Worker:
             loaded = attach_model(manifest, arena, self.ops, self.group)
         max_len = config.max_model_len or spec.max_position
         backends = bind_paged_attention(loaded.model, loaded.model.site, kv_groups, self.storage.tensor, max_len)
+        if config.softmax_table is not None:
+            table = SoftmaxTable.read(Path(config.softmax_table))
+            table.check(model_hash(Path(config.model)), spec.num_layers, spec.num_heads)
+            unify_softmax(backends, kv_groups, loaded.model.site, table)
         self.runners[config.name] = ModelRunner(loaded.model, backends, self.ops, self.platform.capture)
         return loaded.arena, loaded.manifest
 

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import hashlib
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict
 from pathlib import Path
@@ -10,6 +9,7 @@ from typing import Any, Protocol
 
 from apportion.core.config import EngineConfig
 from apportion.core.errors import InvalidRequest
+from apportion.core.model_hash import model_hash
 from apportion.core.outputs import RequestOutput
 from apportion.core.sampling_params import SamplingParams
 from apportion.engine.engine import Engine
@@ -66,14 +66,3 @@ def describe(llm: Subject) -> dict[str, Any]:
         "kv_bytes_per_token": sum(group.token_bytes for group in model.kv_groups) * llm.config.parallel.tensor_parallel_size,
         "engine": settings,
     }
-
-
-def model_hash(folder: Path) -> str:
-    """blake2b over the files that make a model answer as it does: config, tokenizer, weights; names and contents, in order of names."""
-    digest = hashlib.blake2b(digest_size=16)
-    for path in sorted([*folder.glob("*.json"), *folder.glob("*.jinja"), *folder.glob("*.model"), *folder.glob("*.safetensors")]):
-        digest.update(f"{path.name}\0{path.stat().st_size}\0".encode())
-        with path.open("rb") as file:
-            while block := file.read(1 << 22):
-                digest.update(block)
-    return digest.hexdigest()

@@ -1,7 +1,7 @@
 """Measured choices among the implementations of a linear: for each format and shape, intervals of tokens and what won in them.
 
-One JSON file for each device in kernels/tables/dispatch, written by `python3 scripts/gpu linear`. A shape without a row has no choice: who
-asks takes the library, and says so once.
+One JSON file for each device in kernels/tables/dispatch, written by `apportion profile --linear` on a CPU and `python3 scripts/gpu linear`
+on a GPU. A shape without a row has no choice: who asks takes what it has for all, and says so once.
 """
 
 from __future__ import annotations
@@ -10,8 +10,9 @@ import json
 import logging
 from bisect import bisect_right
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from importlib.resources import files
+from pathlib import Path
 from typing import Any
 
 from apportion.core.errors import InvalidParameter
@@ -19,19 +20,19 @@ from apportion.core.errors import InvalidParameter
 logger = logging.getLogger(__name__)
 
 FORMAT = "apportion linear dispatch 1"
-NOISE = 0.03  # of the time: a smaller win over the library is none
+NOISE = 0.03  # of the time: a smaller win over the usual choice is none
 
 
 @dataclass(frozen=True, slots=True)
 class Choice:
-    """kernel: 'library' or 'flat', the latter with an index into the tiles and a number of splits."""
+    """kernel: 'library', 'gemv' or 'flat', the last on a GPU with an index into the tiles and a number of splits."""
 
     kernel: str
     tile: int = 0
     splits: int = 1
 
 
-LIBRARY = Choice("library")
+LIBRARY, FLAT, GEMV = Choice("library"), Choice("flat"), Choice("gemv")
 
 
 @dataclass(frozen=True, slots=True)
@@ -46,23 +47,29 @@ class Intervals:
         return self.choices[bisect_right(self.breaks, num_tokens) - 1]
 
     @classmethod
-    def of(cls, measured: Sequence[tuple[int, float, float, Choice]]) -> Intervals:
-        """From (tokens, microseconds of the library, of the best other, that other), tokens rising; the library beyond the last.
+    def of(
+        cls,
+        measured: Sequence[tuple[int, float, float, Choice]],
+        usual: Choice = LIBRARY,
+        peers: Mapping[int, Mapping[str, float]] | None = None,
+    ) -> Intervals:
+        """From (tokens, microseconds of the usual choice, of the best other, that other), tokens rising; the usual one beyond the last.
 
-        A win must exceed the noise. Errors: InvalidParameter where nothing was measured.
+        A win must exceed the noise. peers: tokens -> times that are kept beside and never chosen. Errors: InvalidParameter where nothing
+        was measured.
         """
         if not measured:
             raise InvalidParameter("a table of intervals needs at least one measurement")
         breaks, choices, us = [], [], {}
-        for tokens, library, other, choice in measured:
-            us[str(tokens)] = {"library": library, choice.kernel: other}
-            best = choice if other < library * (1 - NOISE) else LIBRARY
+        for tokens, known, other, choice in measured:
+            us[str(tokens)] = {usual.kernel: known} | {choice.kernel: other} | dict((peers or {}).get(tokens, {}))
+            best = choice if other < known * (1 - NOISE) else usual
             if not choices or choices[-1] != best:
                 breaks.append(tokens if breaks else 1)
                 choices.append(best)
-        if choices[-1] != LIBRARY:
+        if choices[-1] != usual:
             breaks.append(measured[-1][0] + 1)
-            choices.append(LIBRARY)
+            choices.append(usual)
         return cls(tuple(breaks), tuple(choices), us)
 
 
@@ -73,12 +80,13 @@ class IntervalTable:
     device: str
     versions: Mapping[str, str]
     rows: Mapping[tuple[str, int, int], Intervals]
+    otherwise: str = "the library multiplies"  # a shape without a row
 
     def explain(self, scheme: str, n: int, c: int, num_tokens: int) -> str:
         """The measured row of a product, in words."""
         found = self.rows.get((scheme, n, c))
         if found is None:
-            return f"{scheme} {n} x {c} was not measured on {self.device}: the library multiplies"
+            return f"{scheme} {n} x {c} was not measured on {self.device}: {self.otherwise}"
         nearest = min(found.us, key=lambda tokens: abs(int(tokens) - num_tokens))
         times = ", ".join(f"{name} {us:.1f} us" for name, us in found.us[nearest].items())
         return f"{scheme} {n} x {c} at {num_tokens} tokens: {found.at(num_tokens)}; measured at {nearest} tokens on {self.device}: {times}"
@@ -93,6 +101,17 @@ class IntervalTable:
         ]  # fmt: skip
         return {"format": FORMAT, "device": self.device, "versions": dict(self.versions), "rows": rows}
 
+    def to_json(self) -> str:
+        """A row on a line: a diff of two tables shows which shapes changed."""
+        data = self.as_dict()
+        rows = ",\n".join(json.dumps(row) for row in data.pop("rows"))
+        return json.dumps(data)[:-1] + f', "rows": [\n{rows}\n]}}\n'
+
+    def merged_over(self, older: Mapping[str, Any]) -> IntervalTable:
+        """The rows of an older table of this device that were not measured again, then these."""
+        kept = IntervalTable.from_dict(older, self.device).rows
+        return replace(self, rows={**kept, **self.rows})
+
     @classmethod
     def from_dict(cls, data: Mapping[str, Any], device: str) -> IntervalTable:
         """Errors: InvalidParameter for another format, or for a table of another device."""
@@ -100,7 +119,7 @@ class IntervalTable:
             raise InvalidParameter(f"a dispatch table has the format {FORMAT!r}, not {data.get('format')!r}")
         if data["device"] != device:
             raise InvalidParameter(
-                f"a dispatch table of {data['device']} was given for {device}; measure with `python3 scripts/gpu linear`"
+                f"a dispatch table of {data['device']} was given for {device}; measure with `apportion profile --linear`"
             )
         rows = {
             (row["scheme"], row["n"], row["c"]): Intervals(
@@ -111,9 +130,13 @@ class IntervalTable:
         return cls(device, data["versions"], rows)
 
 
+def shipped_path(device: str) -> Path:
+    return Path(str(files("apportion.kernels").joinpath(f"tables/dispatch/{device}.json")))
+
+
 def shipped(device: str, versions: Mapping[str, str]) -> IntervalTable:
     """The table of `device` (a name as `device_slug` spells it), empty where none was measured; another version of a library is said."""
-    path = files("apportion.kernels").joinpath(f"tables/dispatch/{device}.json")
+    path = shipped_path(device)
     if not path.is_file():
         return IntervalTable(device, versions, {})
     table = IntervalTable.from_dict(json.loads(path.read_text()), device)

@@ -199,6 +199,16 @@ class PagedAttention(Protocol):
         format is scaled, None for 1.
         """
 
+    @property
+    def recomputed(self) -> Any:
+        """Rows that left the range of a unified maximum, ever; int() of it waits for the device."""
+
+    def unify(self, layer_offset: int, phi_H: Tensor | None) -> None:
+        """Softmax of this layer under phi as the maximum of each head's scores, in base 2 (log2(e) times a score); NaN or None: online.
+
+        A row that this loses is computed again, online, within the call. FlashDecoding++, arXiv:2311.01282, section 3.
+        """
+
     def run(self, layer_offset: int, qkv: Tensor, out: Tensor, handle: Any, scales: Tensor | None = None) -> Tensor:
         """Causal attention of the rotated q in qkv over the stored context -> out [T, H * D]."""
 
@@ -217,6 +227,11 @@ class LatentAttention(Protocol):
 
     def write(self, layer_offset: int, latent: Tensor, handle: Any, scales: Tensor | None = None) -> None:
         """latent [T, head_dim]: normalized latent followed by the rotated shared key. scales float32 [2, 1], both the same."""
+
+    @property
+    def recomputed(self) -> Any: ...
+
+    def unify(self, layer_offset: int, phi_H: Tensor | None) -> None: ...
 
     def run(self, layer_offset: int, q: Tensor, out: Tensor, handle: Any, scales: Tensor | None = None) -> Tensor:
         """q [T, H, head_dim] (absorbed and rotated) -> out [T, H, v_head_dim]."""

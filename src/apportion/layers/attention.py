@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import logging
+import math
 from collections.abc import Callable, Sequence
 
+import torch
 from torch import Tensor, nn
 
 from apportion.attention.backend import AttentionBackend, ForwardContext
@@ -13,6 +15,7 @@ from apportion.attention.mla import LatentBackend
 from apportion.attention.paged import PagedBackend
 from apportion.core.errors import InternalError
 from apportion.core.kv_spec import KVGroupSpec
+from apportion.core.softmax_table import SoftmaxTable
 from apportion.kernels.ops import AttentionSpec
 from apportion.layers.kv_scales import KVScales
 from apportion.layers.linear import kv_heads
@@ -95,6 +98,15 @@ def bind_paged_attention(
         return kind(site.ops, attention_spec(site, group), arena, cos_sin, scales)
 
     return _bind(model, groups, make)
+
+
+def unify_softmax(backends: Sequence[AttentionBackend], groups: Sequence[KVGroupSpec], site: Site, table: SoftmaxTable) -> None:
+    """Give every head that has one its unified maximum."""
+    heads = Shard.even(site.spec.num_heads, site.group).slice
+    for backend, group in zip(backends, groups, strict=True):
+        for layer in group.layers:
+            phi = [math.nan if value is None else value for value in table.phi[layer][heads]]
+            backend.unify(layer, torch.tensor(phi, dtype=torch.float32))
 
 
 def bind_dense_attention(model: nn.Module, site: Site, groups: Sequence[KVGroupSpec], max_len: int) -> tuple[AttentionBackend, ...]:

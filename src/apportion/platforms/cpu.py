@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import os
+import platform
+import sys
 from collections.abc import Sequence
 from functools import cached_property
 from pathlib import Path
@@ -14,6 +16,15 @@ from apportion.platforms.arena import Arena
 from apportion.platforms.platform import ComputeShare, deal
 
 _TOPOLOGY = Path("/sys/devices/system/cpu")
+
+
+def processor_name() -> str:
+    if sys.platform == "linux":
+        with open("/proc/cpuinfo", encoding="utf-8") as lines:
+            for line in lines:
+                if line.startswith("model name"):
+                    return line.partition(":")[2].strip()
+    return platform.processor() or platform.machine()
 
 
 class CpuPlatform:

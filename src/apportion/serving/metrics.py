@@ -50,7 +50,9 @@ COUNTERS = {
     "prefix_cache_queries": "Prompt tokens looked up in the prefix cache.",
     "prefix_cache_hits": "Prompt tokens found there.",
     "num_preemptions": "Sequences that gave their memory back and were computed again.",
+    "softmax_rows_recomputed": "Rows of attention whose scores left the range of a unified maximum and were computed again.",
 }
+ENGINE_COUNTERS = ("prefix_cache_queries", "prefix_cache_hits", "num_preemptions", "softmax_rows_recomputed")
 LABELS = ("model_name", "engine")
 CACHE_LABELS = (*LABELS, "block_size", "cache_dtype", "enable_prefix_caching", "num_gpu_blocks", "kv_cache_memory_bytes")
 OLDER_NAMES = {"time_per_output_token_seconds": "inter_token_latency_seconds", "gpu_cache_usage_perc": "kv_cache_usage_perc"}
@@ -162,12 +164,12 @@ class Metrics:
             self._of(self._gauges, "num_requests_waiting", model).set(now.num_requests_waiting)
             self._of(self._gauges, "kv_cache_usage_perc", model).set(now.kv_cache_usage_perc)
             self._of(self._gauges, "kv_cache_held_bytes", model).set(status.kv_bytes.get(model, 0))
-            for metric in ("prefix_cache_queries", "prefix_cache_hits", "num_preemptions"):
+            for metric in ENGINE_COUNTERS:
                 count = getattr(now, metric)
                 self._of(self._counters, metric, model).inc(max(0, count - self._engine_counts.get((metric, model), 0)))
                 self._engine_counts[metric, model] = count
         for model in {m for _, m in self._engine_counts} - status.metrics.keys():  # unloaded: it counts from zero when it comes back
-            for metric in ("prefix_cache_queries", "prefix_cache_hits", "num_preemptions"):
+            for metric in ENGINE_COUNTERS:
                 self._engine_counts[metric, model] = 0
             for gauge in GAUGES:
                 self._of(self._gauges, gauge, model).set(0)

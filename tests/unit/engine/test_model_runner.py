@@ -35,7 +35,7 @@ class Bigram:
 
 
 def runner(model):
-    return ModelRunner(model, [SimpleNamespace(plan=lambda metadata: metadata)], ReferenceOps())
+    return ModelRunner(model, [SimpleNamespace(plan=lambda metadata: metadata, recomputed=0)], ReferenceOps())
 
 
 def new(request_id, tokens, params=GREEDY, computed=0):

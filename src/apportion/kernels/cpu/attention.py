@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
+import math
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from apportion.core.errors import Unsupported
+from apportion.core.errors import InternalError, Unsupported
 from apportion.kernels.cpu import extension
 from apportion.kernels.ops import AttentionSpec
 
@@ -54,6 +55,25 @@ class _Planned:
         self.spec = spec
         self._arena = arena  # kept alive: the kernel holds its address
         self._kernel = _bind(team, spec, arena)
+        self._phi: dict[int, Tensor] = {}
+
+    @property
+    def recomputed(self) -> int:
+        return int(self._kernel.recomputed)
+
+    def unify(self, layer_offset: int, phi_H: Tensor | None) -> None:
+        """phi float32 [H] in base 2, NaN where a head stays online; None: all do."""
+        if phi_H is None:
+            self._phi.pop(layer_offset, None)
+            return
+        if phi_H.shape != (self.spec.num_heads,):
+            raise InternalError(f"unified maxima of shape {tuple(phi_H.shape)} were given for {self.spec.num_heads} heads")
+        self._phi[layer_offset] = (phi_H.double() / (self.spec.scale * math.log2(math.e))).float().contiguous()
+
+    def _run(self, layer_offset: int, q: Tensor, out: Tensor, handle: Any, scales: Tensor | None) -> Tensor:
+        phi = _address(self._phi.get(layer_offset))
+        self._kernel.run(handle, layer_offset, q.data_ptr(), q.stride(0), out.data_ptr(), out.stride(0), _address(scales), phi)
+        return out
 
     def plan(
         self, query_start_loc: Tensor, seq_lens: Tensor, block_table: Tensor, num_requests: int, num_tokens: int, handle: Any = None
@@ -93,8 +113,7 @@ class PagedAttention(_Planned):
         )
 
     def run(self, layer_offset: int, qkv: Tensor, out: Tensor, handle: Any, scales: Tensor | None = None) -> Tensor:
-        self._kernel.run(handle, layer_offset, qkv.data_ptr(), qkv.stride(0), out.data_ptr(), out.stride(0), _address(scales))
-        return out
+        return self._run(layer_offset, qkv, out, handle, scales)
 
 
 class LatentAttention(_Planned):
@@ -104,8 +123,7 @@ class LatentAttention(_Planned):
         self._kernel.write(handle, layer_offset, latent.data_ptr(), latent.stride(0), 0, 0, 0, 0, _address(scales))
 
     def run(self, layer_offset: int, q: Tensor, out: Tensor, handle: Any, scales: Tensor | None = None) -> Tensor:
-        self._kernel.run(handle, layer_offset, q.data_ptr(), q.stride(0), out.data_ptr(), out.stride(0), _address(scales))
-        return out
+        return self._run(layer_offset, q, out, handle, scales)
 
 
 class Rotary:

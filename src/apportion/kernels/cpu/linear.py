@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
+
 import torch
 from torch import Tensor
 
@@ -9,6 +11,7 @@ from apportion.core.errors import InternalError, InvalidParameter, Unsupported
 from apportion.core.number_format import Scheme
 from apportion.kernels.cpu.extension import load
 from apportion.kernels.cpu.formats import code_source, obstacle, weight_format
+from apportion.kernels.interval_table import GEMV, Choice
 from apportion.kernels.ops import LinearSpec, QuantizedWeight
 
 SOURCE_CODES = {torch.float32: 0, torch.bfloat16: 1, torch.float16: 2}
@@ -27,9 +30,12 @@ def source_of(weight: Tensor) -> tuple[Tensor, int]:
 
 
 class PackedLinear:
-    """`kernels.ops.Linear` on the CPU. `team`: the `_cpu.ThreadTeam` of the lane that calls it."""
+    """`kernels.ops.Linear` on the CPU. `team`: the `_cpu.ThreadTeam` of the lane that calls it.
 
-    def __init__(self, team: object, spec: LinearSpec) -> None:
+    choose: what multiplies how many tokens, GEMV or FLAT; None: a GEMV as far as the registers hold its rows.
+    """
+
+    def __init__(self, team: object, spec: LinearSpec, choose: Callable[[int], Choice] | None = None) -> None:
         if why := obstacle(spec.scheme):
             raise Unsupported(f"weights in '{spec.scheme}' have no packed CPU kernels: {why}.")
         if spec.out_features < 1 or spec.in_features < 1:
@@ -40,6 +46,9 @@ class PackedLinear:
         self._format = Scheme.parse(spec.scheme).weight
         self._kernel = load().Linear(team, weight_format(spec.scheme), spec.out_features, spec.in_features, spec.bias, spec.gated)
         self._run = self._kernel.run
+        self.gemv_rows: int = self._kernel.gemv_rows
+        if choose is not None:
+            self.set_gemv(sum(1 << (rows - 1) for rows in range(1, self.gemv_rows + 1) if choose(rows) == GEMV))
         self._width = spec.width
         self.nbytes: int = self._kernel.nbytes
         self._buffer: Tensor | None = None
@@ -50,6 +59,16 @@ class PackedLinear:
             raise InternalError(f"a packed weight needs {self.nbytes} contiguous bytes aligned to {ALIGNMENT}.")
         self._buffer = buffer
         self._kernel.bind(buffer.data_ptr())
+
+    def set_gemv(self, rows: int) -> None:
+        """Bit r - 1: r rows are multiplied as a GEMV. No bit of a result depends on it."""
+        self._kernel.set_gemv(rows)
+
+    def copy_to(self, other: PackedLinear) -> None:
+        """The packed bytes of this linear into another of the same spec."""
+        if self._buffer is None or other._buffer is None or other.spec != self.spec:
+            raise InternalError("packed bytes are copied between bound linears of one spec.")
+        other._buffer[: self.nbytes].copy_(self._buffer[: self.nbytes])
 
     def load_rows(self, weight: Tensor | QuantizedWeight, row: int) -> None:
         """Pack weight [n, C] (any float dtype, or codes of the scheme) as rows row..row+n."""

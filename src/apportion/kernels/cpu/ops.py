@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+from collections.abc import Callable
 from typing import Any
 
 import torch
@@ -17,6 +18,7 @@ from apportion.kernels.cpu.extension import load
 from apportion.kernels.cpu.formats import obstacle
 from apportion.kernels.cpu.linear import PackedLinear
 from apportion.kernels.cpu.sampling import Sampling
+from apportion.kernels.interval_table import Choice, IntervalTable
 from apportion.kernels.ops import AttentionSpec, Experts, ExpertsSpec, Linear, LinearSpec
 from apportion.kernels.reference.linear import DequantizedLinear, ReferenceExperts
 
@@ -27,18 +29,20 @@ class CpuOps:
     """`kernels.ops.Ops` on the CPU.
 
     team: the `_cpu.ThreadTeam` whose threads compute; the calling thread is its first. isa: pins an instruction set, None takes
-    the chosen one. Objects made by a CpuOps keep its set; several sets may live side by side (tests compare them).
+    the chosen one. Objects made by a CpuOps keep its set; several sets may live side by side (tests compare them). table: how to multiply how
+    many tokens, where it was measured.
     """
 
     device = torch.device("cpu")
 
-    def __init__(self, team: Any, isa: str | None = None) -> None:
+    def __init__(self, team: Any, isa: str | None = None, table: IntervalTable | None = None) -> None:
         self._module = load()
         self.team = team
         self.isa: str = isa or self._module.features()["isa"]
         self.name = f"cpu-{self.isa}"
         self._module.select_isa(self.isa)
         self._announced: set[str] = set()
+        self._table = table
         rows = Elementwise(team)
         self.rms_norm, self.add_rms_norm, self.silu_mul, self.route = rows.rms_norm, rows.add_rms_norm, rows.silu_mul, rows.route
         self.rotate = Rotary(team).rotate
@@ -54,7 +58,24 @@ class CpuOps:
         if obstacle(spec.scheme):
             return DequantizedLinear(spec, self.linear)
         self._module.select_isa(self.isa)
-        return PackedLinear(self.team, spec)
+        return PackedLinear(self.team, spec, self._choose(spec))
+
+    def _choose(self, spec: LinearSpec) -> Callable[[int], Choice] | None:
+        if self._table is None:
+            return None
+        found = self._table.rows.get((spec.scheme, spec.out_features, spec.in_features))
+        if found is not None:
+            return found.at
+        if "table" not in self._announced:
+            self._announced.add("table")
+            logger.info("kernels: %s", self.explain(spec.scheme, spec.out_features, spec.in_features, 1))
+        return None
+
+    def explain(self, scheme: str, n: int, c: int, num_tokens: int) -> str:
+        """What multiplies, and the measured row that says so."""
+        if self._table is None:
+            return f"{self.name} has no dispatch table"
+        return self._table.explain(scheme, n, c, num_tokens)
 
     def experts(self, spec: ExpertsSpec) -> Experts:
         """One grouped operator, each projection of each expert in its own scheme; linear by linear where the kernels do not take one."""

@@ -86,6 +86,7 @@ class ReferencePagedAttention:
     """kernels/ops.PagedAttention."""
 
     generation = 0
+    recomputed = 0
 
     def __init__(self, spec: AttentionSpec, arena: Tensor) -> None:
         self.spec = spec
@@ -95,6 +96,9 @@ class ReferencePagedAttention:
         self, query_start_loc: Tensor, seq_lens: Tensor, block_table: Tensor, num_requests: int, num_tokens: int, handle: Any = None
     ) -> Plan:
         return plan_step(self.spec.kv, query_start_loc, seq_lens, block_table, num_requests)
+
+    def unify(self, layer_offset: int, phi_H: Tensor | None) -> None:
+        """Nothing changes: any number subtracted from a row's scores leaves its softmax as it is."""
 
     def write(
         self,
@@ -133,6 +137,7 @@ class ReferenceLatentAttention:
     """kernels/ops.LatentAttention."""
 
     generation = 0
+    recomputed = 0
 
     def __init__(self, spec: AttentionSpec, arena: Tensor) -> None:
         self.spec = spec
@@ -142,6 +147,9 @@ class ReferenceLatentAttention:
         self, query_start_loc: Tensor, seq_lens: Tensor, block_table: Tensor, num_requests: int, num_tokens: int, handle: Any = None
     ) -> Plan:
         return plan_step(self.spec.kv, query_start_loc, seq_lens, block_table, num_requests)
+
+    def unify(self, layer_offset: int, phi_H: Tensor | None) -> None:
+        """Nothing changes: any number subtracted from a row's scores leaves its softmax as it is."""
 
     def write(self, layer_offset: int, latent: Tensor, handle: Plan, scales: Tensor | None = None) -> None:
         latent = latent[: len(handle.entries), None]

@@ -80,16 +80,16 @@ class DequantizedLinear:
             parts.append(("input_scale", torch.float32, (1,)))
         if spec.bias:
             parts.append(("bias", torch.float32, (n,)))
-        self._parts, self.nbytes = [], 0
+        self.parts, self.nbytes = [], 0
         for name, dtype, shape in parts:
-            self._parts.append((name, self.nbytes, dtype, shape))
+            self.parts.append((name, self.nbytes, dtype, shape))
             self.nbytes += _aligned(torch.Size(shape).numel() * dtype.itemsize)
         step = fmt.block[0] or n
         self._panel = min(n, max(1, PANEL_NUMBERS // max(c, 1) // step) * step)
 
     def bind(self, buffer: Tensor) -> None:
         self._stored = {}
-        for name, start, dtype, shape in self._parts:
+        for name, start, dtype, shape in self.parts:
             count = torch.Size(shape).numel()
             self._stored[name] = buffer[start : start + count * dtype.itemsize].view(dtype).view(shape)
 
@@ -120,7 +120,7 @@ class DequantizedLinear:
 
     def __call__(self, x: Tensor, out: Tensor | None = None) -> Tensor:
         if out is None:
-            out = torch.empty(x.shape[0], self.spec.out_features)
+            out = torch.empty(x.shape[0], self.spec.out_features, device=x.device)
         if self.scheme.weight.permuted:
             x = x.index_select(1, self._stored["order"].long())
         if self.scheme.activation is not None:
@@ -145,7 +145,7 @@ class DequantizedLinear:
             zero = zero.float() if zero is not None and fmt.zero == "min" else zero
             gathered = number_formats.dequantize(QuantizedWeight(fmt, codes, scale, zero, self._stored.get("order")))
             return gathered if out is None else out.copy_(gathered)
-        found = torch.empty(len(ids), self.spec.in_features) if out is None else out
+        found = torch.empty(len(ids), self.spec.in_features, device=ids.device) if out is None else out
         for block in (wanted // step).unique().tolist():
             here = (wanted // step == block).nonzero()[:, 0]
             dense = number_formats.dequantize(self._rows(slice(block * step, min(block * step + step, self.spec.out_features))))

@@ -30,7 +30,7 @@ LEAST_TOKEN_SCALE = 1 / (448 * 512)  # of a float8 activation: what the common G
 def pack(codes: Tensor, bits: int) -> Tensor:
     """uint8 codes [n, C] below 2^bits -> int32 words [n, ceil(C * bits / 32)], the first code in the lowest bits; codes straddle words."""
     n, c = codes.shape
-    words = torch.zeros(n, -(-c // 32), bits, dtype=torch.int32)
+    words = torch.zeros(n, -(-c // 32), bits, dtype=torch.int32, device=codes.device)
     step = max(1, _PIECE // max(c, 1))
     for first in range(0, n, step):
         piece = torch.nn.functional.pad(codes[first : first + step], (0, -c % 32)).unflatten(1, (-1, 32)).to(torch.int32)
@@ -47,7 +47,7 @@ def unpack(words: Tensor, bits: int, c: int) -> Tensor:
     """The inverse of `pack`: int32 [n, W] -> uint8 [n, c]."""
     n = len(words)
     rows = torch.nn.functional.pad(words, (0, -(-c // 32) * bits - words.shape[1])).view(n, -1, bits)
-    codes = torch.empty(n, rows.shape[1], 32, dtype=torch.uint8)
+    codes = torch.empty(n, rows.shape[1], 32, dtype=torch.uint8, device=words.device)
     mask = (1 << bits) - 1
     for i in range(32):
         word, shift = divmod(i * bits, 32)

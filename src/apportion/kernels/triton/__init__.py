@@ -11,7 +11,8 @@ from apportion.kernels.dispatch import Capability, Implementation
 from apportion.platforms.cuda import why_not
 from apportion.platforms.platform import GPUS, ComputeShare
 
-LIMITS = ("weights are floating point", "KV is floating point")
+LIMITS = ("KV is floating point",)
+ROUNDED_INPUTS = ("e4m3", "e5m2", "int8", "int4", "int3", "int2")  # elements of weights under which an input is rounded to bfloat16
 
 
 def _make(share: ComputeShare | None) -> Any:
@@ -44,7 +45,7 @@ def implementations() -> list[Implementation]:
         Implementation(
             name,
             rank=-1 if device == "cpu" else 100,  # the interpreter is never the best choice
-            capability=Capability(device, rounds_activations=("bfloat16", "float16"), limits=LIMITS, quantized=False),
+            capability=Capability(device, rounds_activations=("bfloat16", "float16", *ROUNDED_INPUTS), limits=LIMITS),
             make=_make,
             unavailable=unavailable,
         )

@@ -183,11 +183,8 @@ class PagedAttention(_Planned):
         }  # fmt: skip
 
     def unify(self, layer_offset: int, phi_H: Tensor | None) -> None:
-        """Decode steps of this layer take phi (in base 2: log2(e) times a score) as the maximum of each head's scores; None: online again.
-
-        Rows whose scores lie too far above or below are computed again, online; `recomputed` counts them.
-        """
-        if phi_H is None:
+        """kernels/ops.PagedAttention.unify, for decode steps. A head without a phi keeps its layer online: it would walk twice in each step."""
+        if phi_H is None or phi_H.isnan().any():
             self._phi.pop(layer_offset, None)
         else:
             self._phi[layer_offset] = phi_H.to(device=self._words.device, dtype=torch.float32).contiguous()
@@ -255,6 +252,12 @@ class PagedAttention(_Planned):
 
 class LatentAttention(_Planned):
     """kernels/ops.LatentAttention."""
+
+    recomputed = 0
+
+    def unify(self, layer_offset: int, phi_H: Tensor | None) -> None:
+        if phi_H is not None:
+            raise Unsupported("latent attention has no unified softmax on a GPU; leave out softmax_table")
 
     def write(self, layer_offset: int, latent: Tensor, handle: Plan, scales: Tensor | None = None) -> None:
         kv, plan = self._group, handle

@@ -8,7 +8,6 @@ gives too few programs for the chip, C is cut into `splits` parts whose float32 
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -140,8 +139,3 @@ class TritonLinear(ReferenceLinear):
         else:
             y = torch.mm(seen, self._weight.T, out_dtype=out.dtype)
         return out.copy_(y) if self._bias is None else out.copy_(y.add_(self._bias))
-
-
-def refuse_quantized(scheme: str, known: Any) -> None:
-    if scheme not in known:
-        raise Unsupported(f"weights in {scheme} have no Triton kernel yet; {', '.join(known)} have one (or take device=cpu)")

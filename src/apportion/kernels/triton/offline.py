@@ -126,6 +126,23 @@ def _linear(rows: int, tile: int = 0) -> Workload:
     return run
 
 
+def _coded(rows: int, scheme: str) -> Workload:
+    def run(ops: TritonOps) -> None:
+        op = ops.linear(LinearSpec(4096, 4096, scheme))
+        op.bind(_empty(op.nbytes, dtype=torch.uint8))
+        op(_empty(rows, 4096))
+
+    return run
+
+
+def _mixed_experts(ops: TritonOps) -> None:
+    """Half the experts in 4 bits, half in float8."""
+    schemes = (("int4_g128_bf16",) * 3,) * 4 + (("e4m3_channel@e4m3_token",) * 3,) * 4
+    op = ops.experts(ExpertsSpec(8, 4096, 14336, schemes))
+    op.bind(_empty(op.nbytes, dtype=torch.uint8))
+    op(_empty(16, 4096), _empty(16, 2, dtype=torch.int32), _empty(16, 2, dtype=torch.float32))
+
+
 def _experts(rows: int, tile: int = 0) -> Workload:
     def run(ops: TritonOps) -> None:
         op = ops.experts(ExpertsSpec(8, 4096, 14336, (("bfloat16",) * 3,)))
@@ -186,12 +203,18 @@ def _sampling(ops: TritonOps) -> None:
     ops.apply_bitmask(logits, _empty(4, dtype=torch.int32), _empty(4, 16_032, dtype=torch.uint8))
 
 
+CODED = (
+    "e4m3_channel@e4m3_token", "e4m3_b128x128@e4m3_g128", "int8_channel@int8_token", "int4_g128_bf16", "int4_g128_zp_bf16", "int3_g128",
+    "int2_g128",
+)  # fmt: skip
 DEFAULT: dict[str, Workload] = {
     "rowwise": _rowwise,
     "sampling": _sampling,
     "linear-16": _linear(16),
     "linear-64": _linear(64),
+    **{f"linear-16-{scheme}": _coded(16, scheme) for scheme in CODED},
     "experts-16": _experts(16),
+    "experts-mixed": _mixed_experts,
     "experts-512": _experts(512),
     "decode": _attention(1),
     "decode-unified": _attention(1, unified=True),

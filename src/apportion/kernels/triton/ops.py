@@ -11,10 +11,12 @@ from torch import Tensor
 from apportion.core.number_format import FLOATS
 from apportion.kernels.interval_table import LIBRARY, Choice, IntervalTable
 from apportion.kernels.ops import AttentionSpec, ExpertsSpec, LinearSpec
-from apportion.kernels.triton import elementwise, sampling
+from apportion.kernels.triton import elementwise, quantized, sampling
 from apportion.kernels.triton.attention import LatentAttention, PagedAttention
 from apportion.kernels.triton.experts import GroupedExperts
-from apportion.kernels.triton.linear import TritonLinear, refuse_quantized
+from apportion.kernels.triton.linear import TritonLinear
+from apportion.kernels.triton.mixed_experts import MixedExperts
+from apportion.kernels.triton.quantized import CodedLinear
 from apportion.kernels.triton.tiles import Tiles
 
 logger = logging.getLogger(__name__)
@@ -42,9 +44,22 @@ class TritonOps:
         """A GPU's steps are kept as graphs (platforms/platform)."""
         return None
 
-    def linear(self, spec: LinearSpec) -> TritonLinear:
-        refuse_quantized(spec.scheme, FLOATS)
+    def linear(self, spec: LinearSpec) -> TritonLinear | CodedLinear:
+        if spec.scheme not in FLOATS:
+            self._tell(spec.scheme)
+            return CodedLinear(spec, self.tiles.flat[0])
         return TritonLinear(spec, self.tiles.flat, self._choose(spec))
+
+    def method(self, scheme: str) -> str:
+        """How a linear of a scheme is computed, in words."""
+        return quantized.method(scheme) if scheme not in FLOATS else "the flat kernel or the library, as the dispatch table says"
+
+    def _tell(self, scheme: str) -> None:
+        """Say once how linears of a scheme are computed; slow ones as a warning."""
+        if scheme not in self._told:
+            self._told.add(scheme)
+            words = quantized.method(scheme)
+            logger.log(logging.WARNING if "float32" in words else logging.INFO, "linears in %s: %s", scheme, words)
 
     def _choose(self, spec: LinearSpec) -> Callable[[int], Choice] | None:
         if self._table is None:
@@ -57,8 +72,13 @@ class TritonOps:
             logger.info("kernels: %s", self._table.explain(spec.scheme, spec.out_features, spec.in_features, 1))
         return lambda num_tokens: LIBRARY
 
-    def experts(self, spec: ExpertsSpec) -> GroupedExperts:
-        return GroupedExperts(spec, self.tiles.experts[0])
+    def experts(self, spec: ExpertsSpec) -> GroupedExperts | MixedExperts:
+        found = {scheme for schemes in spec.schemes for scheme in schemes}
+        if len(found) == 1 and found <= set(FLOATS):
+            return GroupedExperts(spec, self.tiles.experts[0])
+        for scheme in found - set(FLOATS):
+            self._tell(scheme)
+        return MixedExperts(spec, self.tiles.experts[0])
 
     def paged_attention(self, spec: AttentionSpec, arena: Tensor) -> PagedAttention:
         return PagedAttention(spec, arena, self.tiles.decode[0], self.tiles.prefill[0])

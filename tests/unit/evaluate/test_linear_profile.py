@@ -1,0 +1,67 @@
+"""Measured ways through a linear: what was timed, what is chosen, and that no choice changes a bit."""
+
+import json
+import logging
+
+import pytest
+import torch
+
+from apportion.bench.kernels import make_ops
+from apportion.evaluate import linear_profile
+from apportion.evaluate.linear_profile import intervals, measure, profile_linears
+from apportion.kernels.cpu import extension
+from apportion.kernels.cpu.ops import CpuOps
+from apportion.kernels.interval_table import FLAT, GEMV, IntervalTable
+from apportion.kernels.ops import LinearSpec
+from tests.conformance.test_linear import linear
+from tests.conformance.test_number_formats import made
+
+pytestmark = pytest.mark.skipif(not extension.available(), reason="the CPU kernels are not built")
+
+
+@pytest.fixture
+def ops():
+    threads = torch.get_num_threads()
+    yield make_ops(1)
+    torch.set_num_threads(threads)
+
+
+def test_every_way_is_timed_and_the_library_is_never_chosen(ops, monkeypatch):
+    monkeypatch.setattr(linear_profile, "COLD_BYTES", 1 << 16)
+    times = measure(ops, LinearSpec(64, 96, "bfloat16"), tokens=(1, 2, 40), rounds=2)
+    assert set(times) == {1, 2, 40} and set(times[1]) == {"flat", "gemv", "library"} and set(times[40]) == {"flat", "library"}
+    assert all(us > 0 for ways in times.values() for us in ways.values())
+    found = intervals({1: {"flat": 9.0, "gemv": 5.0, "library": 0.1}, 4: {"flat": 5.0, "gemv": 4.95, "library": 0.1}, 40: {"flat": 9.0, "library": 1.0}})
+    assert [found.at(t) for t in (1, 3, 4, 40, 1000)] == [GEMV, GEMV, FLAT, FLAT, FLAT]
+    assert found.us["1"]["library"] == 0.1
+
+
+@pytest.mark.parametrize("scheme", ["float32", "bfloat16", "float16", "int4_g32", "e4m3_channel"])
+def test_no_choice_changes_a_bit(ops, scheme):
+    op = made(ops, scheme, 70, 300)[0] if "_" in scheme else linear(ops, 70, 300, scheme)[0]
+    assert op.gemv_rows >= 1
+    for rows in range(1, op.gemv_rows + 2):
+        x, found = torch.randn(rows, 300), []
+        for gemv in (0, (1 << op.gemv_rows) - 1):
+            op.set_gemv(gemv)
+            found.append(op(x).clone())
+        assert torch.equal(*found), f"T={rows}"
+
+
+def test_a_linear_takes_the_table_s_choice_and_a_missing_one_is_said_once(ops, caplog):
+    spec = LinearSpec(64, 96, "bfloat16")
+    table = profile_linears(ops, [spec], rounds=1)
+    assert IntervalTable.from_dict(json.loads(table.to_json()), table.device).rows == table.rows
+    chosen = CpuOps(ops.team, ops.isa, table)
+    with caplog.at_level(logging.INFO, "apportion"):
+        chosen.linear(spec)
+        assert "was not measured" not in caplog.text
+        chosen.linear(LinearSpec(32, 32, "bfloat16"))
+        chosen.linear(LinearSpec(33, 32, "bfloat16"))
+    assert caplog.text.count("was not measured") == 1
+    assert "64 x 96" in chosen.explain("bfloat16", 64, 96, 5) and "us" in chosen.explain("bfloat16", 64, 96, 5)
+
+
+def test_rows_of_an_older_table_stay_until_measured_again(ops):
+    one, two = (IntervalTable("here", {}, {("bfloat16", n, 8): intervals({1: {"flat": 2.0, "gemv": 1.0}})}) for n in (1, 2))
+    assert set(two.merged_over(one.as_dict()).rows) == {("bfloat16", 1, 8), ("bfloat16", 2, 8)}
