@@ -1,4 +1,4 @@
-"""FlashDecoding++ on this CPU: decode attention under a unified maximum against online, the flat GEMM against torch, dispatch on held-out rows.
+"""FlashDecoding++ here: decode attention under a unified maximum against online, the flat GEMM against torch, dispatch on held-out rows.
 
 python benchmarks/flash_decoding_pp.py -o benchmarks/results/FILE.json
 """
@@ -98,7 +98,9 @@ def linears(num_threads: int) -> list[dict[str, Any]]:
         for t, us in times.items():
             chosen = us["gemv"] if known.at(t) == GEMV and "gemv" in us else us["flat"]
             best = min(us["flat"], us.get("gemv", us["flat"]))
-            rows.append({"name": name, "n": n, "c": c, "tokens": t, "us": us, "chosen_us": chosen, "best_us": best, "held_out": t in HELD_OUT})
+            rows.append(
+                {"name": name, "n": n, "c": c, "tokens": t, "us": us, "chosen_us": chosen, "best_us": best, "held_out": t in HELD_OUT}
+            )
     return rows
 
 

@@ -39,7 +39,7 @@ def add_engine_flags(parser: argparse.ArgumentParser, *, model: bool = True) -> 
         group.add_argument("--tokenizer", metavar="FOLDER_OR_ID", help="where the tokenizer is, if not beside the model")
     group.add_argument("--revision", help="of a hub model: branch, tag or commit")
     group.add_argument("--dtype", choices=["auto", *DTYPES], help="of weights (default: the checkpoint's)")
-    group.add_argument("--softmax-table", metavar="FILE", help="unified maxima of attention, made by `apportion profile --softmax`")
+    group.add_argument("--softmax-table", metavar="FILE", help="of unified maxima, made by `apportion profile --softmax`")
     group.add_argument("--load-format", choices=["auto", "dummy"], help="dummy: random weights of the config's shapes")
     group.add_argument("--device", help="auto or cpu")
     group.add_argument("--kernels", help="auto, cpu or reference")
@@ -61,8 +61,8 @@ def add_engine_flags(parser: argparse.ArgumentParser, *, model: bool = True) -> 
 
 
 ENGINE_FLAGS = (
-    "revision", "dtype", "softmax_table", "load_format", "device", "kernels", "num_threads", "tensor_parallel_size", "max_model_len", "max_num_seqs",
-    "max_num_batched_tokens", "scheduling_policy", "long_prefill_token_threshold", "enable_chunked_prefill", "enable_prefix_caching",
+    "revision", "dtype", "softmax_table", "load_format", "device", "kernels", "num_threads", "tensor_parallel_size", "max_model_len",
+    "max_num_seqs", "max_num_batched_tokens", "scheduling_policy", "long_prefill_token_threshold", "enable_chunked_prefill", "enable_prefix_caching",
     "kv_cache_memory", "kv_cache_dtype", "block_size", "seed",
 )  # fmt: skip
 

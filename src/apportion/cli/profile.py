@@ -13,7 +13,9 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     what = parser.add_mutually_exclusive_group(required=True)
     what.add_argument("--softmax", action="store_true", help="unified maxima of attention, on text: a file for --softmax-table")
     what.add_argument("--linear", action="store_true", help="every way through the model's linears: the dispatch table of this machine")
-    what.add_argument("--explain", type=int, nargs=3, metavar=("M", "N", "K"), help="what is chosen for M tokens of an N x K linear, and why")
+    what.add_argument(
+        "--explain", type=int, nargs=3, metavar=("M", "N", "K"), help="what is chosen for M tokens of an N x K linear, and why"
+    )
     parser.add_argument("model", nargs="?", metavar="MODEL", help="checkpoint folder or hub id (default: the bundled model)")
     parser.add_argument("--text", type=Path, metavar="FILE", help="to calibrate on (default: a bundled passage)")
     parser.add_argument("--num-tokens", type=int, default=65536, metavar="N", help="of the text, at most (default: 65536)")
@@ -21,7 +23,9 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--scheme", default="bfloat16", help="of the linear to explain (default: bfloat16)")
     parser.add_argument("--num-threads", type=int, metavar="N", help="compute threads (default: the cores at hand)")
     parser.add_argument("--rounds", type=int, default=9, metavar="N", help="interleaved, of which the median counts (default: 9)")
-    parser.add_argument("-o", "--output", type=Path, metavar="FILE", help="default: softmax.json; for --linear the table that dispatch reads")
+    parser.add_argument(
+        "-o", "--output", type=Path, metavar="FILE", help="default: softmax.json; for --linear the table that dispatch reads"
+    )
     parser.add_argument("-q", "--quiet", action="store_true", help="no progress")
 
 

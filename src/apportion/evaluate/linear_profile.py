@@ -71,7 +71,9 @@ def _medians(ways: Mapping[str, Sequence[Callable[[], object]]], rounds: int) ->
     return {name: statistics.median(found) for name, found in times.items()}
 
 
-def measure(ops: Ops, spec: LinearSpec, tokens: Sequence[int] = TOKENS, rounds: int = ROUNDS, library: bool = True) -> dict[int, dict[str, float]]:
+def measure(
+    ops: Ops, spec: LinearSpec, tokens: Sequence[int] = TOKENS, rounds: int = ROUNDS, library: bool = True
+) -> dict[int, dict[str, float]]:
     """Microseconds of each way for each number of tokens: 'flat', 'gemv' where the registers hold the rows, 'library' (torch, float32)."""
     made = _copies(ops, spec)
     peers = [torch.randn(spec.out_features, spec.in_features) for _ in made] if library else []
@@ -108,7 +110,9 @@ def intervals(times: Mapping[int, Mapping[str, float]]) -> Intervals:
     return Intervals.of(points, FLAT, {t: {"library": us["library"]} for t, us in times.items() if "library" in us})
 
 
-def profile_linears(ops: Ops, specs: Sequence[LinearSpec], rounds: int = ROUNDS, progress: Callable[[int, int], None] = lambda i, n: None) -> IntervalTable:
+def profile_linears(
+    ops: Ops, specs: Sequence[LinearSpec], rounds: int = ROUNDS, progress: Callable[[int, int], None] = lambda i, n: None
+) -> IntervalTable:
     """A table of this machine for these linears."""
     rows = {}
     for index, spec in enumerate(specs):

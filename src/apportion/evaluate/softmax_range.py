@@ -52,15 +52,14 @@ class RowMaxima:
             held = self.counts[head, start : start + window].nonzero().flatten() + start - EDGE
             middle = (float(held[0]) + float(held[-1]) + 1) / 2
             phi.append(middle + (BELOW - ABOVE) / 2)
-        expected = tuple((1 - inside.max(1).values / total).tolist())
+        expected = tuple((1 - inside.max(1).values.double() / total).tolist())
         return tuple(None if e > MOST_RECOMPUTED else p for p, e in zip(phi, expected, strict=True)), expected
 
 
 def row_maxima(spec: AttentionSpec, qkv_TC: Tensor) -> Tensor:
     """Largest scaled score, times log2(e), that each row of one sequence sees: [T, H]. q and k as attention multiplies them."""
     heads, kv = spec.num_heads, spec.kv
-    q, k = (x.unflatten(-1, (-1, kv.head_dim)) for x in qkv_TC.split([heads * kv.head_dim, qkv_TC.shape[1] - heads * kv.head_dim], dim=1))
-    k = k[:, : kv.num_kv_heads]
+    q, k = qkv_TC[:, : (heads + kv.num_kv_heads) * kv.head_dim].unflatten(1, (-1, kv.head_dim)).split([heads, kv.num_kv_heads], dim=1)
     seen = visible(len(q), kv.sliding_window)
     out = torch.empty(len(q), heads)
     for first in range(0, len(q), ROWS_AT_ONCE):

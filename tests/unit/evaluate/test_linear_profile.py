@@ -31,7 +31,9 @@ def test_every_way_is_timed_and_the_library_is_never_chosen(ops, monkeypatch):
     times = measure(ops, LinearSpec(64, 96, "bfloat16"), tokens=(1, 2, 40), rounds=2)
     assert set(times) == {1, 2, 40} and set(times[1]) == {"flat", "gemv", "library"} and set(times[40]) == {"flat", "library"}
     assert all(us > 0 for ways in times.values() for us in ways.values())
-    found = intervals({1: {"flat": 9.0, "gemv": 5.0, "library": 0.1}, 4: {"flat": 5.0, "gemv": 4.95, "library": 0.1}, 40: {"flat": 9.0, "library": 1.0}})
+    found = intervals(
+        {1: {"flat": 9.0, "gemv": 5.0, "library": 0.1}, 4: {"flat": 5.0, "gemv": 4.95, "library": 0.1}, 40: {"flat": 9.0, "library": 1.0}}
+    )
     assert [found.at(t) for t in (1, 3, 4, 40, 1000)] == [GEMV, GEMV, FLAT, FLAT, FLAT]
     assert found.us["1"]["library"] == 0.1
 

@@ -9,6 +9,7 @@ import torch
 
 from apportion.assets import PASSAGE
 from apportion.core.errors import InvalidParameter
+from apportion.core.sampling_params import SamplingParams
 from apportion.core.softmax_table import ABOVE, BELOW, SoftmaxTable
 from apportion.evaluate.softmax_range import RowMaxima, profile_softmax
 from apportion.llm import LLM
@@ -50,7 +51,7 @@ def bundled_model():
 
 def generated(**engine):
     with LLM(max_model_len=256, kv_cache_memory=64 << 20, device="cpu", num_threads=1, **engine) as llm:
-        [output] = llm.generate(["Once upon a time"], {"max_tokens": 24, "temperature": 0.0})
+        [output] = llm.generate(["Once upon a time"], SamplingParams(max_tokens=24, temperature=0.0))
         [metrics] = llm.engine.metrics().values()
         return output.outputs[0].token_ids, metrics.softmax_rows_recomputed
 

@@ -54,7 +54,9 @@ def test_in_range_it_is_the_online_softmax(make, kv_dtype):
     online, none = rows_of(make, None, 1, *ALONE, kv_dtype)
     unified, recomputed = rows_of(make, [0.0, 3.0, -5.0, 20.0], 1, *ALONE, kv_dtype)
     assert none == recomputed == 0
-    torch.testing.assert_close(unified, online, rtol=1e-2 if kv_dtype == "bfloat16" else 1e-5, atol=5e-3 if kv_dtype == "bfloat16" else 1e-5)
+    torch.testing.assert_close(
+        unified, online, rtol=1e-2 if kv_dtype == "bfloat16" else 1e-5, atol=5e-3 if kv_dtype == "bfloat16" else 1e-5
+    )
 
 
 @pytest.mark.parametrize("phi", [[400.0] * 4, [-400.0] * 4], ids=["underflow", "overflow"])

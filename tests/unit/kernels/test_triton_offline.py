@@ -14,9 +14,19 @@ pytestmark = pytest.mark.skipif(not find_spec("triton"), reason="triton is not i
 KERNELS = {
     "rms_norm_kernel", "silu_mul_kernel", "rotate_kernel", "route_kernel", "sample_kernel", "bitmask_kernel", "flat_kernel",
     "add_splits_kernel", "align_kernel", "gate_up_kernel", "down_kernel", "weigh_kernel", "paged_kernel", "combine_kernel",
-    "unified_combine_kernel", "latent_kernel", "write_kernel", "write_latent_kernel", "coded_kernel", "round_input_kernel", "grouped_kernel",
+    "unified_combine_kernel", "latent_kernel", "write_kernel", "write_latent_kernel", "coded_kernel", "round_input_kernel",
+    "grouped_kernel",
 }  # fmt: skip
-PRODUCTS = {"coded_kernel", "grouped_kernel", "flat_kernel", "gate_up_kernel", "down_kernel", "paged_kernel", "unified_combine_kernel", "latent_kernel"}
+PRODUCTS = {
+    "coded_kernel",
+    "grouped_kernel",
+    "flat_kernel",
+    "gate_up_kernel",
+    "down_kernel",
+    "paged_kernel",
+    "unified_combine_kernel",
+    "latent_kernel",
+}
 # What may leave the registers. Sums over 512 latent channels fill those of a thread, and no smaller tile is left; the tile of prefill
 # that fits sm_80 and sm_89 is a little too much for gfx942.
 SPILLS = {("latent_kernel", "sm_80"): 64, ("latent_kernel", "sm_89"): 64, ("paged_kernel", "gfx942"): 32}

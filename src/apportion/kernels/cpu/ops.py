@@ -29,8 +29,8 @@ class CpuOps:
     """`kernels.ops.Ops` on the CPU.
 
     team: the `_cpu.ThreadTeam` whose threads compute; the calling thread is its first. isa: pins an instruction set, None takes
-    the chosen one. Objects made by a CpuOps keep its set; several sets may live side by side (tests compare them). table: how to multiply how
-    many tokens, where it was measured.
+    the chosen one. Objects made by a CpuOps keep its set; several sets may live side by side (tests compare them).
+    table: how to multiply how many tokens, where it was measured.
     """
 
     device = torch.device("cpu")

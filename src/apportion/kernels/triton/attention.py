@@ -183,7 +183,7 @@ class PagedAttention(_Planned):
         }  # fmt: skip
 
     def unify(self, layer_offset: int, phi_H: Tensor | None) -> None:
-        """kernels/ops.PagedAttention.unify, for decode steps. A head without a phi keeps its layer online: it would walk twice in each step."""
+        """kernels/ops.PagedAttention.unify, for decode steps. A head without a phi keeps its layer online: it would walk twice."""
         if phi_H is None or phi_H.isnan().any():
             self._phi.pop(layer_offset, None)
         else:

@@ -58,7 +58,8 @@ def grouped_kernel(
         else:
             s_start, z_start = tl.load(offsets + expert * 3 + 1), tl.load(offsets + expert * 3 + 2)
             sums = coded_sums(
-                x, x_stride, rows, inside_t, x_scale, codes + start, scale + s_start, zero + z_start, outputs, n, 0, c, num_words, num_scales,
+                x, x_stride, rows, inside_t, x_scale, codes + start, scale + s_start, zero + z_start, outputs, n, 0, c, num_words,
+                num_scales,
                 BITS, MANTISSA, FACTOR, ZERO, N_BLOCK, K_GROUP, X_SCALES, X_GROUP, ROUND, WIDE, BLOCK_T, BLOCK_N, BLOCK_K,
             )  # fmt: skip
         to = pair.to(tl.int64) if TO_PAIR else slot
@@ -104,7 +105,9 @@ class MixedExperts(ReferenceExperts):
             for projection, linear in linears.items():
                 scheme = linear.spec.scheme
                 if scheme.endswith("static"):
-                    raise Unsupported(f"experts in {scheme} have no grouped Triton kernel: each would round the tokens by a scale of its own")
+                    raise Unsupported(
+                        f"experts in {scheme} have no grouped Triton kernel: each would round the tokens by a scale of its own"
+                    )
                 formats = self._formats[projection]
                 formats.setdefault(scheme, _Format(scheme, linear, tile)).add(expert, linear, start)
                 start += -(-linear.nbytes // 256) * 256

@@ -109,8 +109,7 @@ def coded_sums(
     GROUPED: tl.constexpr = K_GROUP > 0 or X_SCALES > 1
     place = codes + outputs.to(tl.int64) * num_words
     s_place = (outputs // N_BLOCK if N_BLOCK > 0 else outputs * 0).to(tl.int64) * num_scales
-    MIDDLE: tl.constexpr = 0 if ZERO == 2 else 1 << (BITS - 1)
-    middle = tl.zeros((BLOCK_N,), tl.float32) + MIDDLE
+    middle = tl.zeros((BLOCK_N,), tl.float32) + (0 if ZERO == 2 else 1 << (BITS - 1))
     sums, x_sums = tl.zeros((BLOCK_N, BLOCK_T), tl.float32), tl.zeros((BLOCK_T,), tl.float32)
     for k in range(first, last, BLOCK_K):
         inside_k = k + inner < last
@@ -215,7 +214,9 @@ class CodedLinear(DequantizedLinear):
         super().__init__(spec, _no_linear)
         weight, activation = self.scheme.weight, self.scheme.activation
         if weight.is_float or spec.gated:
-            raise Unsupported(f"a {'gated ' * spec.gated}linear in {spec.scheme} has no Triton kernel; a dtype alone, or codes with scales, have")
+            raise Unsupported(
+                f"a {'gated ' * spec.gated}linear in {spec.scheme} has no Triton kernel; a dtype alone, or codes with scales, have"
+            )
         if activation is not None and activation.is_float:
             raise Unsupported(f"inputs rounded to {activation.name} have no Triton kernel")
         self.constants = weight_constants(weight)
