@@ -62,8 +62,8 @@ def add_engine_flags(parser: argparse.ArgumentParser, *, model: bool = True) -> 
 
 ENGINE_FLAGS = (
     "revision", "dtype", "softmax_table", "load_format", "device", "kernels", "num_threads", "tensor_parallel_size", "max_model_len",
-    "max_num_seqs", "max_num_batched_tokens", "scheduling_policy", "long_prefill_token_threshold", "enable_chunked_prefill", "enable_prefix_caching",
-    "kv_cache_memory", "kv_cache_dtype", "block_size", "seed",
+    "max_num_seqs", "max_num_batched_tokens", "scheduling_policy", "long_prefill_token_threshold", "enable_chunked_prefill",
+    "enable_prefix_caching", "kv_cache_memory", "kv_cache_dtype", "block_size", "seed",
 )  # fmt: skip
 
 
