@@ -7,6 +7,7 @@ is taken in float32 of dequantized numbers: right, and slow.
 
 from __future__ import annotations
 
+from dataclasses import replace
 from typing import Any
 
 import torch
@@ -223,10 +224,11 @@ class CodedLinear(DequantizedLinear):
         groups = [g for g in (weight.block[1], activation.block[1] if activation else 0) if g]
         self.wide = any(g % STEP for g in groups) or not (self.constants["ROUND"] or activation)
         self.constants["ROUND"] |= activation is not None
-        k = tile.k
+        straddling = 32 % weight.bits > 0  # codes over two words: both are read for each code
+        k = min(tile.k, 32 if self.wide or straddling else 64 if weight.zero != "none" else tile.k)  # more does not fit the registers
         while not self.wide and any(g % k for g in groups):
             k //= 2
-        self.tile = Tile(n=tile.n, k=32 if self.wide else k, num_warps=tile.num_warps, num_stages=tile.num_stages)
+        self.tile = replace(tile, k=k, num_stages=2 if self.wide or straddling else tile.num_stages)
         self.num_words = -(-spec.in_features * weight.bits // 32)
         self.num_scales = weight.scale_shape(spec.out_features, spec.in_features)[1]
 
