@@ -5,12 +5,14 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
+from itertools import pairwise
 from pathlib import Path
-from typing import Any
+from typing import cast
 
 import torch
 from torch import Tensor, nn
 
+from apportion.attention.backend import AttentionMetadata
 from apportion.attention.dense import visible
 from apportion.compress.walk import Walk
 from apportion.core.config import ModelConfig
@@ -21,6 +23,7 @@ from apportion.kernels.dispatch import select_ops
 from apportion.kernels.ops import AttentionSpec
 from apportion.layers.attention import Attention
 from apportion.models.checkpoint import read_spec
+from apportion.models.decoder import Decoder
 from apportion.models.loader import load_model
 from apportion.platforms.platform import select_platform
 
@@ -76,10 +79,11 @@ def _watching(layer: nn.Module, maxima: RowMaxima) -> Iterator[None]:
     run = module._run
     spec: AttentionSpec = run.__self__.spec  # type: ignore[attr-defined]
 
-    def attend(index: int, qkv: Tensor, *rest: Any) -> Tensor:
-        out = run(index, qkv, *rest)
-        maxima.add(row_maxima(spec, qkv))
-        return out
+    def attend(index: int, qkv: Tensor, positions: Tensor, out: Tensor, metadata: AttentionMetadata, *norms: Tensor) -> Tensor:
+        attended = run(index, qkv, positions, out, metadata, *norms)
+        for first, last in pairwise(metadata.query_start_loc.tolist()):
+            maxima.add(row_maxima(spec, qkv[first:last]))
+        return attended
 
     module._run = attend
     try:
@@ -97,11 +101,12 @@ def profile_softmax(
     spec = read_spec(model)
     loaded = load_model(ModelConfig(model=str(model)), spec, select_ops(select_platform("cpu")))
     walk = Walk(loaded, [row for row in tokens if row])
+    layers = cast(Decoder, loaded.model).layers
     phi, expected = {}, {}
-    for index, layer in enumerate(walk.layers):
+    for index, layer in enumerate(layers):
         maxima = RowMaxima(spec.num_heads)
         with _watching(layer, maxima):
             walk.advance(layer)
         phi[index], expected[index] = maxima.choose()
-        progress(index + 1, len(walk.layers))
+        progress(index + 1, len(layers))
     return SoftmaxTable(model_hash(model), sum(map(len, tokens)), phi, expected)

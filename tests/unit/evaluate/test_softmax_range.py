@@ -91,6 +91,15 @@ def test_tables_of_other_models_and_no_tables_are_refused(table, tmp_path):
         SoftmaxTable.read(path)
 
 
+def test_sequences_do_not_see_each_other(bundled_model):
+    """Where one is measured alone or beside another, a head's window holds the same rows."""
+    rows = calibration_tokens(str(bundled_model), PASSAGE, 2, 100)
+    both, alone = profile_softmax(bundled_model, rows), [profile_softmax(bundled_model, [row]) for row in rows]
+    for layer, heads in both.phi.items():
+        for head, phi in enumerate(heads):
+            assert min(t.phi[layer][head] for t in alone) <= phi <= max(t.phi[layer][head] for t in alone)
+
+
 def test_no_text_is_refused(bundled_model):
     with pytest.raises(InvalidParameter, match="there is none"):
         profile_softmax(bundled_model, [])
