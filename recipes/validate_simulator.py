@@ -4,6 +4,7 @@
     python recipes/validate_simulator.py predict            # every held-out case, before any is measured; the file says when
     python recipes/validate_simulator.py measure            # one round, for --seconds at most; call again for another
     python recipes/validate_simulator.py report             # errors, orders, ablations -> benchmarks/results/simulator-real-runs.*
+    python recipes/validate_simulator.py capped             # real steps under memory caps 10 % above and below the predicted peak
 
 A case is a compiled execution graph: the simulator predicts its time, `simulator/two_ranks` runs it (torch computes, gloo carries), each
 rank pinned to a core of its own, which nothing else should use. gloo's threads run at real-time priority (CAP_SYS_NICE). veth links between
@@ -15,6 +16,7 @@ from __future__ import annotations
 
 import argparse
 import hashlib
+import itertools
 import json
 import os
 import statistics
@@ -28,6 +30,8 @@ from pathlib import Path
 ROOT = Path(__file__).parents[1]
 sys.path[:0] = [str(ROOT / "src"), str(ROOT)]
 
+from recipes.simulator.capped import CAPS, CASES  # noqa: E402
+from recipes.simulator.capped import ENV as CAPPED_ENV  # noqa: E402
 from recipes.simulator.cases import CALIBRATION_MODELS, LINKS, STRATEGIES, all_cases  # noqa: E402
 
 ENV = {
@@ -78,7 +82,7 @@ class Link:
         for space in filter(None, self.spaces):
             subprocess.run(["ip", "netns", "del", space], check=False, stderr=subprocess.DEVNULL)
 
-    def start(self, job, num_ranks):
+    def start(self, job, num_ranks, env=ENV):
         """The job's worker processes, rank r on core r; what they print as JSON lines, by rank."""
         cores = sorted(os.sched_getaffinity(0))
         port, processes = str(20000 + os.getpid() % 20000), []
@@ -86,8 +90,8 @@ class Link:
         for rank in range(num_ranks):
             prefix = ["ip", "netns", "exec", self.spaces[rank]] if self.spaces[rank] else []
             command = [*prefix, "taskset", "-c", str(cores[rank % len(cores)]), sys.executable, __file__, "rank", str(rank), str(num_ranks)]
-            env = {**os.environ, **ENV, "MASTER_ADDR": self.address, "MASTER_PORT": port, "GLOO_SOCKET_IFNAME": self.interface}
-            processes.append(subprocess.Popen(command, env=env, stdin=subprocess.PIPE, stdout=said[rank], text=True))
+            environment = {**os.environ, **env, "MASTER_ADDR": self.address, "MASTER_PORT": port, "GLOO_SOCKET_IFNAME": self.interface}
+            processes.append(subprocess.Popen(command, env=environment, stdin=subprocess.PIPE, stdout=said[rank], text=True))
         for process in processes:
             process.stdin.write(json.dumps(job))
             process.stdin.close()
@@ -200,6 +204,22 @@ def rounds_of(cases, data):
     return min(len(data["steps"].get(" ".join(c), [])) for c in cases)
 
 
+def capped(out):
+    """Every case under a cap of memory above and below its prediction: does what was predicted happen?"""
+    rows = []
+    for (model, strategy), (expected, share) in itertools.product(CASES, CAPS.items()):
+        job = {"kind": "capped", "model": model, "strategy": strategy, "share": share}
+        with Link("loopback") as link:
+            said = link.start(job, 1 if strategy.startswith("single") else 2, CAPPED_ENV)
+        verdicts = [line["verdict"] for lines in said for line in lines]
+        real = "out of memory" if "out of memory" in verdicts else " and ".join(sorted(set(verdicts)))
+        rows.append({"case": f"{model} {strategy}", "cap": share, "predicted": expected, "real": real})
+        print(f"{model} {strategy} at {share:.0%} of the prediction: {real}", flush=True)
+    right = sum(row["predicted"] == row["real"] for row in rows)
+    out.write_text(json.dumps({"machine": machine(), "when": now(), "right": right, "of": len(rows), "rows": rows}, indent=1) + "\n")
+    print(f"{right} of {len(rows)} verdicts are right")
+
+
 def machine():
     import platform
 
@@ -221,7 +241,7 @@ def report(folder):
 
 def main():
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("mode", choices=("calibrate", "predict", "measure", "report", "rank"))
+    parser.add_argument("mode", choices=("calibrate", "predict", "measure", "report", "capped", "rank"))
     parser.add_argument("numbers", nargs="*", type=int)
     parser.add_argument("--folder", type=Path, default=ROOT / "benchmarks" / "results")
     parser.add_argument("--seconds", type=float, default=50.0, help="of one slice of measuring")
@@ -239,6 +259,8 @@ def main():
         predict(files["predictions"], files["calibration"])
     elif args.mode == "measure":
         measure(files["measurements"], files["predictions"], args.seconds)
+    elif args.mode == "capped":
+        capped(args.folder / "simulator-memory-verdicts.json")
     else:
         report(args.folder)
     return 0

@@ -61,10 +61,11 @@ class All:
 
 
 class Rank:
-    """One rank of a graph. arrays: what is there from the start, by tensor name (numpy, whole); None: random."""
+    """One rank of a graph. arrays: what is there from the start, by tensor name (numpy, whole); None: random. alone: no other runs it."""
 
-    def __init__(self, graph, device, rank, *, overlap=True, arrays=None, group=None):
+    def __init__(self, graph, device, rank, *, overlap=True, arrays=None, group=None, alone=False):
         self.graph, self.device, self.rank, self.overlap, self.group = graph, device, rank, overlap, group
+        self.alone = alone or not dist.is_initialized()
         self.tasks = [t for t in graph.tasks if device in t.devices]
         self.members = sorted({d for t in graph.tasks for d in t.devices}, key=lambda d: int(d.split(":")[1]))
         self.held, self.initial, self.pending = {}, {}, {}
@@ -95,7 +96,7 @@ class Rank:
     def step(self):
         """One step from the same start; seconds of this rank, with a barrier before."""
         self.held, self.peak = dict(self.initial), 0
-        if dist.is_initialized():
+        if not self.alone:
             dist.barrier(self.group)
         start = time.perf_counter()
         for task in self.tasks:

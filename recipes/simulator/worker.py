@@ -11,6 +11,7 @@ import time
 import torch
 import torch.distributed as dist
 
+from recipes.simulator.capped import run_capped
 from recipes.simulator.cases import CLUSTER, STRATEGIES, graph_of
 from recipes.simulator.predict import SIZES, signatures
 from recipes.simulator.torch_ops import KERNELS
@@ -27,6 +28,8 @@ def work(job, rank, num_ranks):
     if num_ranks > 1:
         with real_time():
             dist.init_process_group("gloo", rank=rank, world_size=num_ranks)
+    if job["kind"] == "capped":
+        return run_capped(job, rank, num_ranks, say)
     {"operators": operators, "messages": messages, "steps": steps}[job["kind"]](job, rank, num_ranks)
     if num_ranks > 1:
         dist.barrier()

@@ -6,11 +6,17 @@ nodes of 8 A800-80GB; Korthikanti et al. 2022 on Selene (A100-80GB), as Calculon
 Apache-2.0). A plan's digits are PP, TP, DP; 4x8 is four nodes, eight devices of each.
 """
 
+import itertools
+
 import pytest
 
-from apportion.simulator.cost.calibrate import UNSTATED, WHOLE, Calibration, Row, kendall_tau, mean_error
+from apportion.simulator.coarse import parts_of, two_layers
+from apportion.simulator.cost.calibrate import UNSTATED, WHOLE, Calibration, Parameters, Row, kendall_tau, mean_error
+from apportion.simulator.htae import Behaviour
 from apportion.simulator.models.library import decoder
 from apportion.simulator.plan import Plan, Workload
+from apportion.simulator.schedule import actions_of
+from apportion.simulator.strategy_tree import Schedule
 from apportion.simulator.topology import topology
 
 # family -> (model, batch, seq_len, the three rows to calibrate on, all rows in seconds)
@@ -84,3 +90,44 @@ def test_530b_after_22b():
         selene("530b", "gpt-530b", 280, 35, 3, "selective", 35, 37.83),
     ):
         assert calibration.predict(fit, row) == pytest.approx(row.seconds, rel=0.05), row.name
+
+
+# Korthikanti et al. 2022: activations of the first rank in GiB without recompute, shares of it, weights with gradients and Adam in GiB.
+SHARES = ("sequence", "selective", "both", "full")
+PUBLISHED_MEMORY = {
+    "gpt-22b": (4, 1, 1, 1, 59.25, (0.6684, 0.4942, 0.1618, 0.0764), 45.56),
+    "gpt-530b": (1, 35, 3, 280, 114.02, (0.5831, 0.6204, 0.2027, 0.0942), 31.64),
+}
+
+
+def layer_of(model, micro_batch, **plan):
+    """What one layer holds on one of eight tensor-parallel devices."""
+    spec, gated = decoder(model)
+    work, where = Workload(spec, micro_batch, 2048, gated=gated, fused_attention=False, dropout=True), topology("dgx-a100")
+    graph = two_layers(work, Plan(tp=8, grad_dtype="float32", **plan), where.cluster)
+    return parts_of(graph, Parameters().cost_model(where), Behaviour())["layer"]
+
+
+def held_at_once(pp, chunks, num_micro_batches):
+    """Chunks of micro-batches that the first rank holds at most."""
+    schedule = Schedule(num_micro_batches=num_micro_batches, order="interleaved" if chunks > 1 else "1f1b")
+    actions = actions_of(0, range(0, pp * chunks, pp), pp, schedule)
+    return max(itertools.accumulate(1 if a.phase == "forward" else -1 for a in actions))
+
+
+@pytest.mark.parametrize("model", PUBLISHED_MEMORY)
+def test_memory_of_selene(model):
+    """Within a fiftieth, each: with and without sequence parallelism, selective and full recompute; nothing is calibrated."""
+    micro_batch, pp, chunks, num_micro_batches, plain, shares, standing = PUBLISHED_MEMORY[model]
+    num_layers = decoder(model)[0].num_layers
+    held = held_at_once(pp, chunks, num_micro_batches) * num_layers / pp / chunks
+    variants = {
+        "none": {}, "sequence": {"sequence_parallel": True}, "selective": {"recompute": "selective"},
+        "both": {"sequence_parallel": True, "recompute": "selective"}, "full": {"recompute": "full"},
+    }  # fmt: skip
+    published = {"none": plain} | {name: plain * share for name, share in zip(SHARES, shares, strict=True)}
+    found = {name: layer_of(model, micro_batch, **plan).activation_bytes * held / 2**30 for name, plan in variants.items()}
+    assert found == pytest.approx(published, rel=0.02)
+    layer = layer_of(model, micro_batch)
+    weights = (layer.weight_bytes + layer.grad_bytes + layer.state_bytes) * num_layers / pp / 2**30
+    assert weights == pytest.approx(standing, rel=0.02)

@@ -40,6 +40,33 @@ class Clock:
         return self.now
 
 
+class BatchReader:
+    """What each step of an engine computes, as rows. It follows the requests: their tokens, those that a worker sampled itself included."""
+
+    def __init__(self) -> None:
+        self._known: dict[str, int] = {}  # request -> tokens that the worker knows
+
+    def read(self, step: SchedulerOutput) -> tuple[list[Row], list[str]]:
+        """(rows, requests of which a token is sampled)"""
+        for request in step.finished_ids:
+            self._known.pop(request, None)
+        starts = {}
+        for new in step.new_requests:
+            self._known[new.request_id] = len(new.token_ids)
+            starts[new.request_id] = new.num_computed_tokens
+        for cached in step.cached_requests:
+            self._known[cached.request_id] += len(cached.new_token_ids)
+            starts[cached.request_id] = cached.num_computed_tokens
+        rows, sampled = [], []
+        for request, count in step.num_scheduled_tokens.items():
+            reads = starts[request] + count == self._known[request]
+            rows.append(Row(count, starts[request], reads))
+            if reads:
+                self._known[request] += 1
+                sampled.append(request)
+        return rows, sampled
+
+
 @dataclass
 class SimulatedExecutor:
     """One lane. Steps run one after another; `poll` moves the clock to the end of the next, but not beyond `until`."""
@@ -51,8 +78,8 @@ class SimulatedExecutor:
     busy_s: float = 0.0
     extrapolated: int = 0
     steps: list[tuple[float, float, int]] = field(default_factory=list)  # (start, end, tokens)
+    _reader: BatchReader = field(default_factory=BatchReader)
     _queue: deque[tuple[int, float, ModelRunnerOutput]] = field(default_factory=deque)
-    _known: dict[str, int] = field(default_factory=dict)  # request -> tokens that the worker knows
     _free_at: float = 0.0
 
     def load_model(
@@ -61,10 +88,10 @@ class SimulatedExecutor:
         return weights or WeightsHandle(config.name, 0)
 
     def unload_model(self, name: str) -> None:
-        self._known.clear()
+        self._reader = BatchReader()
 
     def submit(self, step: SchedulerOutput) -> int:
-        rows, sampled = self._take_in(step)
+        rows, sampled = self._reader.read(step)
         cost = self.model.step(rows) if rows else None
         start = max(self.clock.now, self._free_at)
         self._free_at = start + (cost.seconds if cost else 0.0)
@@ -88,25 +115,6 @@ class SimulatedExecutor:
     @property
     def has_queued(self) -> bool:
         return bool(self._queue)
-
-    def _take_in(self, step: SchedulerOutput) -> tuple[list[Row], list[str]]:
-        for request in step.finished_ids:
-            self._known.pop(request, None)
-        starts = {}
-        for new in step.new_requests:
-            self._known[new.request_id] = len(new.token_ids)
-            starts[new.request_id] = new.num_computed_tokens
-        for cached in step.cached_requests:
-            self._known[cached.request_id] += len(cached.new_token_ids)
-            starts[cached.request_id] = cached.num_computed_tokens
-        rows, sampled = [], []
-        for request, count in step.num_scheduled_tokens.items():
-            reads = starts[request] + count == self._known[request]
-            rows.append(Row(count, starts[request], reads))
-            if reads:
-                self._known[request] += 1
-                sampled.append(request)
-        return rows, sampled
 
 
 @dataclass(frozen=True)

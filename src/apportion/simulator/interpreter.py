@@ -26,7 +26,7 @@ def run(graph: ExecutionGraph, arrays: Mapping[str, Array], seed: int | None = N
     """
     held: dict[int, Array] = {}
     for buffer in graph.buffers:
-        if not graph.writers.get(buffer.id):  # there from the start
+        if buffer.kind in ("input", "weight", "state") and not graph.writers.get(buffer.id):  # there from the start
             if buffer.tensor not in arrays:
                 raise InvalidParameter(f"the run needs an array for {buffer.tensor!r}")
             held[buffer.id] = arrays[buffer.tensor][_slices(buffer.box)].copy()

@@ -1,0 +1,55 @@
+"""Runs a step under a cap on the process's memory (RLIMIT_DATA): whether it fits, which the simulator said before.
+
+The cap counts what a process maps beyond what it holds once torch, gloo and kernels are loaded and the graph is compiled. Every tensor of
+64 KiB and more is mapped on its own, so that what is freed is gone.
+"""
+
+from __future__ import annotations
+
+import ctypes
+import os
+import resource
+
+from apportion.simulator.htae import Cost, execute
+from apportion.simulator.memory import MB, Overheads, memory_of
+from recipes.simulator.cases import CLUSTER, graph_of
+
+ENV = {"OMP_NUM_THREADS": "1", "MKL_NUM_THREADS": "1", "MALLOC_MMAP_THRESHOLD_": "65536", "MALLOC_TRIM_THRESHOLD_": "65536"}
+CAPS = {"fits": 1.1, "out of memory": 0.9}  # of the prediction, and what is then to happen
+CASES = (
+    ("mlp-4x2048", "single"), ("gpt-6x384", "single"), ("gpt-4x256", "single-recompute"), ("gpt-4x256", "single-accumulate-4"),
+    ("cnn-small", "single"), ("mlp-4x2048", "ddp-25mb"), ("gpt-6x384", "ddp-25mb"), ("gpt-4x256", "zero1"), ("mlp-2x1024", "zero3"),
+    ("gpt-4x256", "tp2"), ("gpt-6x384", "pp2-1f1b-4"), ("mlp-4x2048", "pp2-1f1b-4"),
+)  # fmt: skip
+WARM = ("mlp-3x768", "single")
+
+
+def predicted(model, strategy):
+    """Peak bytes of each device. A step's order on one core hardly depends on its costs: every task takes as long."""
+    graph = graph_of(model, strategy)
+    timeline = execute(graph, [Cost(1e-3)] * len(graph.tasks))
+    return {device: m.peak for device, m in memory_of(graph, timeline, Overheads(0, 4 * MB, {}, 4096, 0.0)).items()}
+
+
+def data_bytes():
+    """What counts against RLIMIT_DATA now."""
+    with open("/proc/self/status", encoding="ascii") as lines:
+        return next(int(line.split()[1]) for line in lines if line.startswith("VmData")) * 1024
+
+
+def run_capped(job, rank, num_ranks, say):
+    from recipes.simulator.two_ranks import Rank  # torch
+
+    device = CLUSTER.nodes[rank][0]
+    graph = graph_of(job["model"], job["strategy"])
+    Rank(graph_of(*WARM), CLUSTER.nodes[0][0], 0, alone=True).step()
+    ctypes.CDLL(None).malloc_trim(0)
+    cap = data_bytes() + int(predicted(job["model"], job["strategy"])[device] * job["share"])
+    resource.setrlimit(resource.RLIMIT_DATA, (cap, cap))
+    try:
+        Rank(graph, device, rank).step()
+        say(verdict="fits")
+    except (RuntimeError, MemoryError) as error:
+        full = isinstance(error, MemoryError) or "allocate" in str(error) or "bad_alloc" in str(error)
+        say(verdict="out of memory" if full else "peer gone", error=str(error)[:200])
+    os._exit(0)  # a peer may wait for ever
