@@ -307,8 +307,9 @@ def rows(measured: dict[str, dict[str, Any]]) -> Iterator[tuple[str, str, str, b
 
 def write_docs(results: dict[str, Any]) -> None:
     about = results["machine"]
+    commits = " and ".join(sorted({found["commit"] for found in results["measured"].values()}))
     lines = [
-        f"{about['cores']} cores of {about['processor']} ({', '.join(about['sets'])}), commit {about['commit']}, {results['date']}:",
+        f"{about['cores']} cores of {about['processor']} ({', '.join(about['sets'])}), measured at {commits}, {results['date']}:",
         "",
     ]
     lines += ["| promise | measured | bar | |", "|---|---|---|---|"]
