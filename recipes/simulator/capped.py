@@ -6,12 +6,15 @@ The cap counts what a process maps beyond what it holds once torch, gloo and ker
 
 from __future__ import annotations
 
+import bisect
 import ctypes
 import os
 import resource
 
+from apportion.simulator.execution_graph import COMPUTE
 from apportion.simulator.htae import Cost, execute
-from apportion.simulator.memory import MB, Overheads, memory_of
+from apportion.simulator.layout import volume
+from apportion.simulator.memory import Overheads, memory_of
 from recipes.simulator.cases import CLUSTER, graph_of
 
 ENV = {"OMP_NUM_THREADS": "1", "MKL_NUM_THREADS": "1", "MALLOC_MMAP_THRESHOLD_": "65536", "MALLOC_TRIM_THRESHOLD_": "65536"}
@@ -28,7 +31,21 @@ def predicted(model, strategy):
     """Peak bytes of each device. A step's order on one core hardly depends on its costs: every task takes as long."""
     graph = graph_of(model, strategy)
     timeline = execute(graph, [Cost(1e-3)] * len(graph.tasks))
-    return {device: m.peak for device, m in memory_of(graph, timeline, Overheads(0, 4 * MB, {}, 4096, 0.0)).items()}
+    memory = memory_of(graph, timeline, Overheads.none())
+    peaks = dict.fromkeys(memory, 0.0)
+    for task in graph.tasks:
+        if task.kind == COMPUTE:
+            curve = memory[task.devices[0]].curve
+            held = curve[bisect.bisect_right(curve, timeline.start[task.id], key=lambda point: point[0]) - 1][1]
+            peaks[task.devices[0]] = max(peaks[task.devices[0]], held + _beside(graph, task))
+    return peaks
+
+
+def _beside(graph, task):
+    """Bytes of a kernel of `torch_ops` while it runs: Adam makes its three results and a root beside what they replace, others one result
+    once more."""
+    sizes = [graph.buffers[view.buffer].itemsize * volume(view.box) for view in task.writes]
+    return sum(sizes) + max(sizes) if graph.ops[task.op].kind == "adam" else max(sizes)
 
 
 def data_bytes():
@@ -48,7 +65,7 @@ def run_capped(job, rank, num_ranks, say):
     cap = data_bytes() + int(predicted(job["model"], job["strategy"])[device] * job["share"])
     resource.setrlimit(resource.RLIMIT_DATA, (cap, cap))
     try:
-        Rank(graph, device, rank).step()
+        Rank(graph, device, rank).step(last=True)
         say(verdict="fits")
     except (RuntimeError, MemoryError) as error:
         full = isinstance(error, MemoryError) or "allocate" in str(error) or "bad_alloc" in str(error)

@@ -93,9 +93,11 @@ class Rank:
             return torch.randn(shape) * (2 * shape[0] / volume(buffer.box)) ** 0.5
         return torch.rand(shape) * 0.01 if buffer.kind == "state" else torch.rand(shape) * 0.5 + 0.5
 
-    def step(self):
-        """One step from the same start; seconds of this rank, with a barrier before."""
+    def step(self, last=False):
+        """One step from the same start; seconds of this rank, with a barrier before. last: nothing is kept to start from again."""
         self.held, self.peak = dict(self.initial), 0
+        if last:
+            self.initial = {}
         if not self.alone:
             dist.barrier(self.group)
         start = time.perf_counter()
