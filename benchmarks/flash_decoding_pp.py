@@ -56,7 +56,7 @@ def attention_pair(ops: Ops, num_requests: int, context_len: int) -> tuple[Calla
 
         calls.append(step)
         kernels.append(attention)
-    return calls[0], calls[1], (arena, kernels[1])
+    return calls[0], calls[1], (arena, kernels[1], (starts, lens, table))  # plans hold addresses
 
 
 def compare(one: Callable[[], None], two: Callable[[], None]) -> tuple[float, float]:
@@ -75,7 +75,7 @@ def attention(num_threads: int) -> list[dict[str, Any]]:
     ops, rows = make_ops(num_threads), []
     for num_requests in (1, 4):
         for context_len in CONTEXTS:
-            online, unified, (arena, kernel) = attention_pair(ops, num_requests, context_len)
+            online, unified, (arena, kernel, held) = attention_pair(ops, num_requests, context_len)
             online_us, unified_us = compare(online, unified)
             rows.append(
                 {
@@ -84,7 +84,7 @@ def attention(num_threads: int) -> list[dict[str, Any]]:
                 }
             )  # fmt: skip
             print(rows[-1], flush=True)
-            del kernel
+            del kernel, held
             arena.close()
     return rows
 

@@ -184,7 +184,7 @@ class PagedAttention(_Planned):
 
     def unify(self, layer_offset: int, phi_H: Tensor | None) -> None:
         """kernels/ops.PagedAttention.unify, for decode steps. A head without a phi keeps its layer online: it would walk twice."""
-        if phi_H is None or phi_H.isnan().any():
+        if phi_H is None or (not phi_H.is_meta and phi_H.isnan().any()):
             self._phi.pop(layer_offset, None)
         else:
             self._phi[layer_offset] = phi_H.to(device=self._words.device, dtype=torch.float32).contiguous()
