@@ -71,7 +71,7 @@ def file_families(scheme: str) -> str:
 
 def backends() -> dict[str, Capability]:
     """One capability for each package of kernels: instruction sets and vendors differ in speed alone."""
-    return {implementation.backend: implementation.capability for implementation in implementations()}
+    return dict(sorted({i.backend: i.capability for i in implementations()}.items()))  # no preference of this machine
 
 
 def device_cell(scheme: str, backend: str, capability: Capability) -> str:

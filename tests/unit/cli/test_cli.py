@@ -115,6 +115,7 @@ def test_ctrl_c_ends_it_without_orphans(extra):
         stdout=subprocess.PIPE,
         stderr=subprocess.PIPE,
         start_new_session=True,
+        preexec_fn=lambda: signal.signal(signal.SIGINT, signal.SIG_DFL),  # a shell's background jobs ignore it
     )
     started = process.stdout.read(len("The dog") + 10)  # it is generating
     children = psutil.Process(process.pid).children(recursive=True)

@@ -150,7 +150,10 @@ except KeyboardInterrupt:
 
 @pytest.mark.parametrize("blow", [signal.SIGKILL, signal.SIGINT])
 def test_no_worker_outlives_its_owner(bundled_model, blow):
-    owner = subprocess.Popen([sys.executable, "-c", OWNER, str(bundled_model)], stdout=subprocess.PIPE, start_new_session=True, cwd=ROOT)
+    owner = subprocess.Popen(
+        [sys.executable, "-c", OWNER, str(bundled_model)], stdout=subprocess.PIPE, start_new_session=True, cwd=ROOT,
+        preexec_fn=lambda: signal.signal(signal.SIGINT, signal.SIG_DFL),  # a shell's background jobs ignore it
+    )  # fmt: skip
     worker = int(owner.stdout.readline())
     os.killpg(owner.pid, blow)  # as a terminal does with Ctrl-C: to the whole group
     code = owner.wait(timeout=20)
