@@ -62,7 +62,8 @@ def quantize_checkpoint(
     names = [p.name for layer in found for p in layer]
     schemes = recipe.schemes(names, source.linears(), source.spec.dtype)
     if recipe.needs_tokens(schemes) and not tokens:
-        raise InvalidParameter(f"{recipe.method} to {_listed(scheme.name for scheme, _ in schemes.values())} needs calibration text")
+        asked = f"{recipe.method} to {_listed(scheme.name for scheme, _ in schemes.values())}"
+        raise InvalidParameter(f"{asked} needs calibration text: give `calibration` (on the command line --calibration FILE)")
     state = _State(output, {"model": str(source.folder), "recipe": str(recipe), "tokens": [list(t) for t in tokens]})
     walk = Walk(loaded, tokens, weights) if recipe.needs_tokens(schemes) else None
     for index, layer in enumerate(layers):
