@@ -18,8 +18,7 @@ import torch
 
 from apportion.bench.kernels import make_ops
 from apportion.core.kv_spec import UNIT_BYTES, KVGroupSpec, kv_format
-from apportion.evaluate.linear_profile import intervals, measure
-from apportion.kernels.interval_table import GEMV
+from apportion.evaluate.linear_profile import TOKENS, learn, measure
 from apportion.kernels.ops import AttentionSpec, LinearSpec, Ops
 from apportion.platforms.cpu import processor_name
 from apportion.platforms.platform import select_platform
@@ -28,13 +27,14 @@ CONTEXTS = (1024, 4096, 16384)
 SHAPES = {  # of bench-250m: qkv, o, gate and up, down
     "qkv_proj": (1536, 1024), "o_proj": (1024, 1024), "gate_up_proj": (5632, 1024), "down_proj": (1024, 2816),
 }  # fmt: skip
-KNOWN, HELD_OUT = (1, 2, 3, 4, 6, 8, 12, 16), (5, 7, 10, 11)
+SCHEMES = ("bfloat16", "float16", "float32")  # with two ways on avx512bf16
+HELD_OUT = (5, 7, 10, 11)  # measured apart, after the rule was learned
 NUM_LAYERS = 4  # in turn, so that a layer's KV is not in a cache again
-ROUNDS = 15
+SECONDS = 0.5  # of a comparison
 
 
-def attention_pair(ops: Ops, num_requests: int, context_len: int) -> tuple[Callable[[], None], Callable[[], None], Any]:
-    """(online, unified) decode attention of all layers (16 heads over 4 KV heads of 64, bf16), and the kernel."""
+def attention_ways(ops: Ops, num_requests: int, context_len: int) -> tuple[dict[str, Callable[[], None]], Any]:
+    """Decode attention of all layers (16 heads over 4 KV heads of 64, bf16): online, the same again, unified; and what they read."""
     kv = KVGroupSpec(tuple(range(NUM_LAYERS)), 4, 64, 64, kv_format("bfloat16"), 32)
     blocks = -(-context_len // kv.block_size)
     arena = select_platform("cpu").create_arena(num_requests * blocks * kv.block_bytes)
@@ -43,64 +43,73 @@ def attention_pair(ops: Ops, num_requests: int, context_len: int) -> tuple[Calla
     table = table.view(num_requests, blocks).contiguous()
     starts, lens = torch.arange(num_requests + 1).int(), torch.full((num_requests,), context_len).int()
     qkv, out = torch.randn(num_requests, 24 * 64), torch.empty(num_requests, 16 * 64)
-    calls, kernels = [], []
-    for unified in (False, True):
+    calls, kernels = {}, []
+    for name in ("online", "again", "unified"):
         attention = ops.paged_attention(AttentionSpec(16, kv, 0.125, 64), arena.tensor)
         for layer in kv.layers:
-            attention.unify(kv.layer_offset(layer), torch.zeros(16) if unified else None)
+            attention.unify(kv.layer_offset(layer), torch.zeros(16) if name == "unified" else None)
         handle = attention.plan(starts, lens, table, num_requests, num_requests)
 
         def step(attention: Any = attention, handle: Any = handle) -> None:
             for layer in kv.layers:
                 attention.run(kv.layer_offset(layer), qkv, out, handle)
 
-        calls.append(step)
+        calls[name] = step
         kernels.append(attention)
-    return calls[0], calls[1], (arena, kernels[1], (starts, lens, table))  # plans hold addresses
+    return calls, (arena, kernels, (starts, lens, table))  # plans hold addresses
 
 
-def compare(one: Callable[[], None], two: Callable[[], None]) -> tuple[float, float]:
-    """Median microseconds of each, in turns."""
-    times: tuple[list[float], list[float]] = ([], [])
-    for round_ in range(ROUNDS + 1):
-        for call, found in zip((one, two) if round_ % 2 else (two, one), times if round_ % 2 else times[::-1], strict=True):
+def compare(calls: dict[str, Callable[[], None]]) -> dict[str, float]:
+    """Median microseconds of each, in turns, each turn begun by another one."""
+    times: dict[str, list[float]] = {name: [] for name in calls}
+    names, end = list(calls), 0.0
+    while not end or time.perf_counter() < end:
+        for name in names:
             start = time.perf_counter()
-            call()
-            if round_:
-                found.append((time.perf_counter() - start) * 1e6)
-    return statistics.median(times[0]), statistics.median(times[1])
+            calls[name]()
+            if end:
+                times[name].append((time.perf_counter() - start) * 1e6)
+        names = names[1:] + names[:1]
+        end = end or time.perf_counter() + SECONDS
+    return {name: statistics.median(found) for name, found in times.items()}
 
 
 def attention(num_threads: int) -> list[dict[str, Any]]:
     ops, rows = make_ops(num_threads), []
     for num_requests in (1, 4):
         for context_len in CONTEXTS:
-            online, unified, (arena, kernel, held) = attention_pair(ops, num_requests, context_len)
-            online_us, unified_us = compare(online, unified)
+            calls, (arena, kernels, held) = attention_ways(ops, num_requests, context_len)
+            us = compare(calls)
             rows.append(
                 {
-                    "threads": num_threads, "requests": num_requests, "context": context_len, "online_us": online_us / NUM_LAYERS,
-                    "unified_us": unified_us / NUM_LAYERS, "speedup": online_us / unified_us, "recomputed": kernel.recomputed,
+                    "threads": num_threads, "requests": num_requests, "context": context_len, "online_us": us["online"] / NUM_LAYERS,
+                    "unified_us": us["unified"] / NUM_LAYERS, "speedup": us["online"] / us["unified"],
+                    "same_against_itself": us["online"] / us["again"], "recomputed": kernels[-1].recomputed,
                 }
             )  # fmt: skip
             print(rows[-1], flush=True)
-            del kernel, held
+            del calls, kernels, held
             arena.close()
     return rows
 
 
 def linears(num_threads: int) -> list[dict[str, Any]]:
+    """What dispatch learns from a few numbers of rows, then every number timed apart: what it chooses against the best way."""
     ops, rows = make_ops(num_threads), []
-    for name, (n, c) in SHAPES.items():
-        torch.set_num_threads(num_threads)
-        times = measure(ops, LinearSpec(n, c, "bfloat16"), tokens=sorted({*KNOWN, *HELD_OUT}), rounds=5)
-        known = intervals({t: times[t] for t in KNOWN})
-        for t, us in times.items():
-            chosen = us["gemv"] if known.at(t) == GEMV and "gemv" in us else us["flat"]
-            best = min(us["flat"], us.get("gemv", us["flat"]))
-            rows.append(
-                {"name": name, "n": n, "c": c, "tokens": t, "us": us, "chosen_us": chosen, "best_us": best, "held_out": t in HELD_OUT}
-            )
+    torch.set_num_threads(num_threads)
+    for scheme in SCHEMES:
+        for name, (n, c) in SHAPES.items():
+            spec = LinearSpec(n, c, scheme)
+            rule = learn(lambda tokens, spec=spec: measure(ops, spec, tokens, library=False), [t for t in TOKENS if t <= 16])
+            for t, us in measure(ops, spec, sorted({*HELD_OUT, 1, 2, 3, 4, 6, 8, 12, 16}), library=scheme == "bfloat16").items():
+                chosen, best = us[rule.at(t).kernel], min(us["flat"], us.get("gemv", us["flat"]))
+                held_out = t in HELD_OUT and str(t) not in rule.us
+                rows.append(
+                    {
+                        "scheme": scheme, "name": name, "n": n, "c": c, "tokens": t, "us": us, "chosen": rule.at(t).kernel,
+                        "chosen_us": chosen, "best_us": best, "held_out": held_out,
+                    }
+                )  # fmt: skip
     return rows
 
 
@@ -122,9 +131,12 @@ def main() -> None:
         found["unified_from_4k"] = min(row["speedup"] for row in rows if row["threads"] == cores and row["context"] >= 4096)
     if "linear" in args.parts:
         rows = found["linear"] = linears(cores)
-        few = [row["us"]["library"] / row["chosen_us"] for row in rows if 4 <= row["tokens"] <= 16]
-        found["flat_over_torch_float32_4_to_16"] = statistics.geometric_mean(few)
-        found["dispatch_worst_held_out"] = max(row["chosen_us"] / row["best_us"] for row in rows if row["held_out"])
+        few = [row["us"]["library"] / row["chosen_us"] for row in rows if 4 <= row["tokens"] <= 16 and "library" in row["us"]]
+        found["bfloat16_over_torch_float32_4_to_16"] = statistics.geometric_mean(few)
+        losses = [row["chosen_us"] / row["best_us"] for row in rows if row["held_out"]]
+        found["dispatch_held_out_cells"] = len(losses)
+        found["dispatch_within_5_percent"] = sum(loss <= 1.05 for loss in losses)
+        found["dispatch_worst_held_out"] = max(losses)
     for name, value in found.items():
         if not isinstance(value, list):
             print(f"{name:34} {value}")

@@ -11,6 +11,16 @@ namespace {
 
 // ---- multiply ---------------------------------------------------------------------------------------------------------------
 
+int gemv_rows([[maybe_unused]] DType dtype) {
+#if defined(__AMX_BF16__)
+  return dtype == DType::BF16 || is_quantized(dtype) ? 0 : DIRECT_ROWS;
+#elif defined(__AVX512BF16__)
+  return is_quantized(dtype) ? 0 : dtype == DType::BF16 ? DOT_ROWS_ONCE : DIRECT_ROWS;
+#else
+  return DIRECT_ROWS;
+#endif
+}
+
 constexpr int64_t COPY_BYTES = 3 << 19;
 
 // Rows of x that stay in L2 while all panels pass over them; in matrix tiles they fill whole pairs of blocks.
@@ -157,6 +167,6 @@ void gather(ThreadTeam& team, const PackedMatrix& w, const int32_t* ids, int64_t
 }  // namespace
 
 extern const LinearKernels linear_kernels;
-const LinearKernels linear_kernels = {.gemv_rows = DIRECT_ROWS, .multiply = multiply, .multiply_gated = multiply_gated, .pack = pack, .gather = gather};
+const LinearKernels linear_kernels = {.gemv_rows = gemv_rows, .multiply = multiply, .multiply_gated = multiply_gated, .pack = pack, .gather = gather};
 
 }  // namespace apportion::APPORTION_ISA

@@ -85,8 +85,9 @@ constexpr size_t TILE_SCRATCH_BYTES = TILE_SUM_ROWS * PANEL * sizeof(float);
   const int64_t C = padded(w.C);
   const int columns = w.columns(p);
   for (int64_t first = 0; first < rows; first += TILE_SUM_ROWS) {
-    const int64_t last = smaller(rows, first + TILE_SUM_ROWS), k_block = last - first <= DOT_ROWS_ONCE ? C : TILE_K_BLOCK;
-    const bool fetches = last - first > DOT_ROWS_ONCE;  // the next block, each group a part of it
+    const int64_t last = smaller(rows, first + TILE_SUM_ROWS);
+    const bool once = w.is_gemv(last - first, DOT_ROWS_ONCE);  // else block by block, each fetched during the one before, a part by each group
+    const int64_t k_block = once ? C : TILE_K_BLOCK;
     const int64_t lines = ceil_div(PANEL * TILE_K * 2 / 64, ceil_div(last - first, DOT_ROWS));
     for (int64_t k = 0; k < C; k += k_block) {
       const int64_t n = smaller(k_block, C - k), steps = n / TILE_K;
@@ -104,9 +105,9 @@ constexpr size_t TILE_SCRATCH_BYTES = TILE_SUM_ROWS * PANEL * sizeof(float);
             .y_stride = ends ? y_stride : PANEL,
             .columns = ends ? columns : int(PANEL),
             .ahead = w.panel(p) + (k + n) * PANEL * 2 + (row - first) / DOT_ROWS * lines * steps * 64,  // what follows in memory
-            .ahead_lines = fetches ? int(lines) : 0,
+            .ahead_lines = once ? 0 : int(lines),
         };
-        if (row == first && !fetches) multiply_dot_rows<true>(slice, count);
+        if (row == first && once) multiply_dot_rows<true>(slice, count);
         else multiply_dot_rows<false>(slice, count);
       });
     }

@@ -20,9 +20,11 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--text", type=Path, metavar="FILE", help="to calibrate on (default: a bundled passage)")
     parser.add_argument("--num-tokens", type=int, default=65536, metavar="N", help="of the text, at most (default: 65536)")
     parser.add_argument("--max-seq-len", type=int, default=1024, metavar="N", help="tokens of a sequence (default: 1024)")
-    parser.add_argument("--scheme", default="bfloat16", help="of the linear to explain (default: bfloat16)")
+    parser.add_argument(
+        "--scheme", help="of the linear to explain (default: bfloat16), or to measure the model's linears in (default: their own)"
+    )
     parser.add_argument("--num-threads", type=int, metavar="N", help="compute threads (default: the cores at hand)")
-    parser.add_argument("--rounds", type=int, default=9, metavar="N", help="interleaved, of which the median counts (default: 9)")
+    parser.add_argument("--rounds", type=int, default=15, metavar="N", help="interleaved, of which the median counts (default: 15)")
     parser.add_argument(
         "-o", "--output", type=Path, metavar="FILE", help="default: softmax.json; for --linear the table that dispatch reads"
     )
@@ -57,19 +59,20 @@ def _softmax(args: argparse.Namespace) -> int:
 def _linear(args: argparse.Namespace) -> int:
     from apportion.assets import DEFAULT_MODEL
     from apportion.bench.kernels import make_ops
-    from apportion.evaluate.linear_profile import linears_of, profile_linears
+    from apportion.evaluate.linear_profile import linears_of, profile_linears, worst_pick
     from apportion.kernels.interval_table import shipped_path
     from apportion.models.checkpoint import resolve_folder
 
     ops = make_ops(args.num_threads)
-    specs = linears_of(resolve_folder(args.model or str(DEFAULT_MODEL)), ops)
+    specs = linears_of(resolve_folder(args.model or str(DEFAULT_MODEL)), ops, args.scheme or "")
     table = profile_linears(ops, specs, args.rounds, _progress(args, "linear"))
     output = args.output or shipped_path(table.device)
     output.parent.mkdir(parents=True, exist_ok=True)
     if output.is_file():
         table = table.merged_over(json.loads(output.read_text()))
     output.write_text(table.to_json())
-    print(f"{output}: {len(table.rows)} linears on {table.device}")
+    worst = max(map(worst_pick, table.rows.values()))
+    print(f"{output}: {len(table.rows)} linears on {table.device}; a choice costs at most {worst - 1:.1%} over the best measured")
     return 0
 
 
@@ -77,7 +80,7 @@ def _explain(args: argparse.Namespace) -> int:
     from apportion.bench.kernels import make_ops
 
     m, n, k = args.explain
-    print(make_ops(args.num_threads).explain(args.scheme, n, k, m))
+    print(make_ops(args.num_threads).explain(args.scheme or "bfloat16", n, k, m))
     return 0
 
 

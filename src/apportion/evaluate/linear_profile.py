@@ -8,6 +8,7 @@ from __future__ import annotations
 import statistics
 import time
 from collections.abc import Callable, Mapping, Sequence
+from itertools import cycle, islice
 from pathlib import Path
 from typing import cast
 
@@ -16,9 +17,9 @@ from torch import Tensor, nn
 
 from apportion.core.config import ModelConfig
 from apportion.core.number_format import Scheme
-from apportion.kernels.cpu import VERSIONS, table_name
+from apportion.kernels.cpu import table_name, table_versions
 from apportion.kernels.cpu.linear import PackedLinear
-from apportion.kernels.interval_table import FLAT, GEMV, Choice, Intervals, IntervalTable
+from apportion.kernels.interval_table import FLAT, GEMV, Intervals, IntervalTable
 from apportion.kernels.ops import LinearSpec, Ops, QuantizedWeight
 from apportion.kernels.reference.number_formats import quantize
 from apportion.layers.linear import Linear
@@ -26,16 +27,16 @@ from apportion.models.checkpoint import read_spec
 from apportion.models.loader import load_model
 
 TOKENS = (1, 2, 3, 4, 6, 8, 12, 16, 24, 32, 48, 64)
-COLD_BYTES = 64 << 20  # weights that are rotated, so that each comes from memory as it does in a step
-MOST_COPIES = 16
-ROUNDS = 9
+COLD_BYTES = 96 << 20  # weights that are walked through, so that each comes from memory as it does in a step: beyond a cache of 32 MiB
+MOST_COPIES = 64  # a linear smaller than that share lies in a cache in a step too
+ROUNDS = 15
 
 
-def linears_of(folder: Path, ops: Ops) -> list[LinearSpec]:
-    """The distinct linears of a model, without biases."""
+def linears_of(folder: Path, ops: Ops, scheme: str = "") -> list[LinearSpec]:
+    """The distinct linears of a model, without biases; in `scheme` instead of their own where one is given."""
     model = cast(nn.Module, load_model(ModelConfig(model=str(folder)), read_spec(folder), ops).model)
     found = [part for module in model.modules() if isinstance(module, Linear) for part in module.specs]
-    return list(dict.fromkeys(LinearSpec(s.out_features, s.in_features, s.scheme, gated=s.gated) for s in found))
+    return list(dict.fromkeys(LinearSpec(s.out_features, s.in_features, scheme or s.scheme, gated=s.gated) for s in found))
 
 
 def _copies(ops: Ops, spec: LinearSpec) -> list[PackedLinear]:
@@ -45,7 +46,7 @@ def _copies(ops: Ops, spec: LinearSpec) -> list[PackedLinear]:
     if not fmt.is_float:
         weight = quantize(weight, fmt)
     made: list[PackedLinear] = []
-    for _ in range(max(2, min(MOST_COPIES, -(-COLD_BYTES // (spec.out_features * spec.in_features * fmt.bits // 8))))):
+    for _ in range(_num_copies(spec.out_features * spec.in_features * fmt.bits // 8)):
         op = PackedLinear(ops.team, spec)  # type: ignore[attr-defined]
         buffer = torch.empty(op.nbytes + 256, dtype=torch.uint8)
         start = -buffer.data_ptr() % 256
@@ -58,34 +59,43 @@ def _copies(ops: Ops, spec: LinearSpec) -> list[PackedLinear]:
     return made
 
 
-def _medians(ways: Mapping[str, Sequence[Callable[[], object]]], rounds: int) -> dict[str, float]:
-    """Microseconds of a call of each way, rounds of all ways in turn; the first round warms up."""
-    times: dict[str, list[float]] = {name: [] for name in ways}
-    for round_ in range(rounds + 1):
-        for name, calls in ways.items():
+def _num_copies(nbytes: int) -> int:
+    return max(2, min(MOST_COPIES, -(-COLD_BYTES // max(1, nbytes))))
+
+
+def _medians(calls: Sequence[Mapping[str, Callable[[], object]]], rounds: int) -> dict[str, float]:
+    """Microseconds of each way. calls: for each weight the ways to multiply it.
+
+    The ways take turns from call to call, so a disturbance hits all, and each meets every weight in `rounds` walks over all of them, as
+    cold as any other way does. One walk warms up.
+    """
+    names = list(calls[0])
+    times: dict[str, list[float]] = {name: [] for name in names}
+    for walk in range(rounds * len(names) + 1):
+        for name, ways in zip(islice(cycle(names), walk, None), calls, strict=False):
             start = time.perf_counter()
-            for call in calls:
-                call()
-            if round_:
-                times[name].append((time.perf_counter() - start) / len(calls) * 1e6)
+            ways[name]()
+            if walk:
+                times[name].append((time.perf_counter() - start) * 1e6)
     return {name: statistics.median(found) for name, found in times.items()}
 
 
 def measure(
     ops: Ops, spec: LinearSpec, tokens: Sequence[int] = TOKENS, rounds: int = ROUNDS, library: bool = True
 ) -> dict[int, dict[str, float]]:
-    """Microseconds of each way for each number of tokens: 'flat', 'gemv' where the registers hold the rows, 'library' (torch, float32)."""
+    """Microseconds of each way for each number of tokens: 'flat', 'gemv' where the registers hold the rows, 'library' (torch, float32).
+
+    The library is timed apart: its float32 weights would leave the caches in another state to the way that comes next.
+    """
     made = _copies(ops, spec)
-    peers = [torch.randn(spec.out_features, spec.in_features) for _ in made] if library else []
+    peers = [torch.randn(spec.out_features, spec.in_features) for _ in range(_num_copies(spec.out_features * spec.in_features * 4))]
     found = {}
     for t in tokens:
         x, out = torch.randn(t, spec.in_features), torch.empty(t, spec.width)
-        ways: dict[str, list[Callable[[], object]]] = {"flat": [_forced(op, 0, x, out) for op in made]}
-        if t <= made[0].gemv_rows:
-            ways["gemv"] = [_forced(op, 1 << (t - 1), x, out) for op in made]
+        masks = {"flat": 0} | ({"gemv": 1 << (t - 1)} if t <= made[0].gemv_rows else {})
+        found[t] = _medians([{name: _forced(op, mask, x, out) for name, mask in masks.items()} for op in made], rounds)
         if library:
-            ways["library"] = [_library(x, w) for w in peers]
-        found[t] = _medians(ways, rounds)
+            found[t] |= _medians([{"library": _library(x, w)} for w in peers], rounds)
     return found
 
 
@@ -102,12 +112,34 @@ def _library(x: Tensor, weight: Tensor) -> Callable[[], object]:
 
 
 def intervals(times: Mapping[int, Mapping[str, float]]) -> Intervals:
-    """Flat wherever a GEMV does not win beyond the noise; the peer's times stand beside."""
-    points: list[tuple[int, float, float, Choice]] = [
-        (t, us["flat"], us.get("gemv", float("inf")), GEMV) for t, us in sorted(times.items()) if "gemv" in us
-    ]
-    points += [(t, us["flat"], us["flat"], FLAT) for t, us in sorted(times.items()) if "gemv" not in us]
-    return Intervals.of(points, FLAT, {t: {"library": us["library"]} for t, us in times.items() if "library" in us})
+    """A GEMV up to some number of tokens, flat beyond; the peer's times stand beside."""
+    return Intervals.crossing(times, GEMV, FLAT)
+
+
+def learn(time_at: Callable[[Sequence[int]], dict[int, dict[str, float]]], tokens: Sequence[int] = TOKENS) -> Intervals:
+    """Intervals from measurements at `tokens`, and at those between the two neighbours of them that choose differently."""
+    times = time_at(tokens)
+    while True:
+        found = intervals(times)
+        known = sorted(times)
+        pair = next(
+            (
+                (a, b)
+                for a, b in zip(known, known[1:], strict=False)
+                if found.at(a) != found.at(b) and b - a > 1 and GEMV.kernel in times[b]
+            ),
+            None,
+        )
+        if pair is None:
+            return found
+        times |= time_at([sum(pair) // 2])
+
+
+def worst_pick(found: Intervals) -> float:
+    """Time of what is chosen over that of the best way, where it is largest among the measured numbers of tokens."""
+    return max(
+        us[found.at(int(tokens)).kernel] / min(time for name, time in us.items() if name != "library") for tokens, us in found.us.items()
+    )
 
 
 def profile_linears(
@@ -116,6 +148,6 @@ def profile_linears(
     """A table of this machine for these linears."""
     rows = {}
     for index, spec in enumerate(specs):
-        rows[spec.scheme, spec.out_features, spec.in_features] = intervals(measure(ops, spec, rounds=rounds))
+        rows[spec.scheme, spec.out_features, spec.in_features] = learn(lambda tokens, spec=spec: measure(ops, spec, tokens, rounds))
         progress(index + 1, len(specs))
-    return IntervalTable(table_name(ops.isa), VERSIONS | {"torch": torch.__version__}, rows)  # type: ignore[attr-defined]
+    return IntervalTable(table_name(ops.isa), table_versions() | {"torch": torch.__version__}, rows)  # type: ignore[attr-defined]

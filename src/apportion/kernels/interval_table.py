@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import json
 import logging
+import math
 from bisect import bisect_right
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
@@ -71,6 +72,25 @@ class Intervals:
             breaks.append(measured[-1][0] + 1)
             choices.append(usual)
         return cls(tuple(breaks), tuple(choices), us)
+
+    @classmethod
+    def crossing(cls, us: Mapping[int, Mapping[str, float]], first: Choice, then: Choice) -> Intervals:
+        """`first` up to some number of tokens, `then` beyond: the break that gains most over all measured numbers together.
+
+        us: {tokens: {kernel or peer: microseconds}}; `first` may lack where it cannot run. All cells vote, each by how far its win (in
+        logarithms) exceeds the noise: a cell that a disturbed moment spoiled moves the break only if it outweighs the others.
+        Errors: InvalidParameter where nothing was measured.
+        """
+        if not us:
+            raise InvalidParameter("a table of intervals needs at least one measurement")
+        total = most = 0.0
+        last = 0
+        for tokens in sorted(tokens for tokens, times in us.items() if first.kernel in times):
+            total += math.log(us[tokens][then.kernel] / us[tokens][first.kernel]) - NOISE
+            if total > most:
+                most, last = total, tokens
+        measured = {str(tokens): us[tokens] for tokens in sorted(us)}
+        return cls((1, last + 1), (first, then), measured) if last else cls((1,), (then,), measured)
 
 
 @dataclass(frozen=True, slots=True)

@@ -19,12 +19,23 @@ _TOPOLOGY = Path("/sys/devices/system/cpu")
 
 
 def processor_name() -> str:
+    return _cpuinfo("model name") or platform.processor() or platform.machine()
+
+
+def processor_model() -> str:
+    """Numbers of family and model, which tell processors apart that a virtual machine gives one name; empty where they are not told."""
+    return " ".join(filter(None, (_cpuinfo("cpu family"), _cpuinfo("model"))))
+
+
+def _cpuinfo(field: str) -> str:
+    """Of the first processor that Linux lists; empty elsewhere."""
     if sys.platform == "linux":
         with open("/proc/cpuinfo", encoding="utf-8") as lines:
             for line in lines:
-                if line.startswith("model name"):
-                    return line.partition(":")[2].strip()
-    return platform.processor() or platform.machine()
+                name, _, value = line.partition(":")
+                if name.strip() == field:
+                    return value.strip()
+    return ""
 
 
 class CpuPlatform:

@@ -8,7 +8,7 @@ import torch
 
 from apportion.bench.kernels import make_ops
 from apportion.evaluate import linear_profile
-from apportion.evaluate.linear_profile import intervals, measure, profile_linears
+from apportion.evaluate.linear_profile import intervals, learn, measure, profile_linears, worst_pick
 from apportion.kernels.cpu import extension
 from apportion.kernels.cpu.ops import CpuOps
 from apportion.kernels.interval_table import FLAT, GEMV, IntervalTable
@@ -34,14 +34,14 @@ def test_every_way_is_timed_and_the_library_is_never_chosen(ops, monkeypatch):
     found = intervals(
         {1: {"flat": 9.0, "gemv": 5.0, "library": 0.1}, 4: {"flat": 5.0, "gemv": 4.95, "library": 0.1}, 40: {"flat": 9.0, "library": 1.0}}
     )
-    assert [found.at(t) for t in (1, 3, 4, 40, 1000)] == [GEMV, GEMV, FLAT, FLAT, FLAT]
+    assert [found.at(t) for t in (1, 3, 4, 40, 1000)] == [GEMV, FLAT, FLAT, FLAT, FLAT]
     assert found.us["1"]["library"] == 0.1
 
 
 @pytest.mark.parametrize("scheme", ["float32", "bfloat16", "float16", "int4_g32", "e4m3_channel"])
 def test_no_choice_changes_a_bit(ops, scheme):
     op = made(ops, scheme, 70, 300)[0] if "_" in scheme else linear(ops, 70, 300, scheme)[0]
-    assert op.gemv_rows >= 1
+    assert op.gemv_rows in (0, 1, 2, 12) and (op.gemv_rows or scheme not in ("float32", "float16"))
     for rows in range(1, op.gemv_rows + 2):
         x, found = torch.randn(rows, 300), []
         for gemv in (0, (1 << op.gemv_rows) - 1):
@@ -62,6 +62,42 @@ def test_a_linear_takes_the_table_s_choice_and_a_missing_one_is_said_once(ops, c
         chosen.linear(LinearSpec(33, 32, "bfloat16"))
     assert caplog.text.count("was not measured") == 1
     assert "64 x 96" in chosen.explain("bfloat16", 64, 96, 5) and "us" in chosen.explain("bfloat16", 64, 96, 5)
+
+
+GEMV_US, FLAT_US = [10, 10, 11, 12, 13, 14, 16, 18, 20, 22, 24, 26], [15] * 12  # at 1 .. 12 tokens: even between 6 and 7
+
+
+def timed(spoiled=None):
+    """(what `learn` asks, which tokens it asked for): one cell's GEMV half as slow again where `spoiled`."""
+    asked = []
+
+    def time_at(tokens):
+        asked.extend(tokens)
+        times = {t: {"flat": 15.0, "library": 1.0} | ({"gemv": float(GEMV_US[t - 1])} if t <= 12 else {}) for t in tokens}
+        if spoiled in times:
+            times[spoiled]["gemv"] *= 1.5
+        return times
+
+    return time_at, asked
+
+
+def test_between_neighbours_that_disagree_is_measured_until_they_touch():
+    time_at, asked = timed()
+    found = learn(time_at, (1, 4, 12, 16))
+    assert asked == [1, 4, 12, 16, 8, 6, 7] and set(found.us) == {str(t) for t in asked}
+    assert [found.at(t) for t in (1, 5, 6, 7, 8, 12, 500)] == [GEMV] * 3 + [FLAT] * 4
+    assert worst_pick(found) == 1.0
+
+
+def test_one_spoiled_cell_neither_moves_the_break_nor_is_it_hidden():
+    found = learn(timed(spoiled=3)[0], (1, 2, 3, 4, 5, 6, 8, 12, 16))
+    assert found.breaks == (1, 7)
+    assert worst_pick(found) == pytest.approx(1.1), "what the rule costs at the cell as measured"
+
+
+def test_a_way_that_never_wins_is_never_taken():
+    assert intervals({1: {"flat": 9.0, "gemv": 8.9}, 2: {"flat": 9.0, "gemv": 9.5}, 16: {"flat": 9.0}}).choices == (FLAT,)
+    assert intervals({1: {"flat": 9.0, "gemv": 5.0}, 2: {"flat": 9.0, "gemv": 6.0}}).at(3) == FLAT, "beyond what was measured"
 
 
 def test_rows_of_an_older_table_stay_until_measured_again(ops):

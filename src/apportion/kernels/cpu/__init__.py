@@ -8,12 +8,12 @@ from apportion.core.env import ENV
 from apportion.core.kv_spec import KV_FORMATS
 from apportion.kernels.cpu import extension
 from apportion.kernels.dispatch import Capability, Implementation
-from apportion.platforms.cpu import processor_name
+from apportion.platforms.cpu import processor_model, processor_name
 from apportion.platforms.platform import ComputeShare
 
 BF16_PRODUCTS = {"avx512bf16": "dot products of bf16 pairs", "amx": "bf16 matrix tiles"}  # sets that multiply bf16 by bf16, and how
 ROUNDS_ACTIVATIONS = dict.fromkeys(BF16_PRODUCTS, ("bfloat16", "e4m3", "e5m2", "int8", "int4", "int3", "int2"))
-VERSIONS = {"cpu kernels": "1"}  # grows with changes that make measured choices void
+KERNELS = "2"  # grows with changes that make measured choices void
 RANKS = {"generic": 10, "avx2": 20, "avx512": 30, "avx512bf16": 35, "amx": 40}
 
 
@@ -22,6 +22,11 @@ def table_name(isa: str) -> str:
     from apportion.kernels.interval_table import device_slug
 
     return f"{device_slug(processor_name())}-{isa}"
+
+
+def table_versions() -> dict[str, str]:
+    """What a dispatch table is held to beside its name."""
+    return {"cpu kernels": KERNELS, "processor model": processor_model()}
 
 
 def _make(isa: str, share: ComputeShare | None) -> Any:
@@ -35,7 +40,7 @@ def _make(isa: str, share: ComputeShare | None) -> Any:
     torch.set_num_threads(1)  # the team's threads do the work; torch's own would compete with them for the cores
     num_threads = share.num_threads if share else len(os.sched_getaffinity(0))
     cores = list(share.cores) if share and share.pinned else []
-    table = replace(shipped(table_name(isa), VERSIONS), otherwise="the packed kernel goes by its own rule")
+    table = replace(shipped(table_name(isa), table_versions()), otherwise="the packed kernel goes by its own rule")
     return CpuOps(extension.load().ThreadTeam(num_threads, cores), isa, table)
 
 
