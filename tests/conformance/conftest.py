@@ -71,7 +71,9 @@ def kv_dtype(request, capability, interpreted):
     if request.param not in capability.kv_dtypes:
         pytest.skip(f"KV in {request.param} is not declared")
     if interpreted and request.param == "float16":
-        pytest.skip("interpreted kernels take the time of two dtypes: bfloat16 goes the same way as float16")
+        pytest.skip("interpreted kernels take time: bfloat16 goes the same way as float16")
+    if interpreted and request.param == "fp8_e5m2" and request.node.callspec.params.get("shape", "gqa") != "gqa":
+        pytest.skip("interpreted kernels take time: fp8_e4m3 goes the same way as fp8_e5m2 but for its bits")
     return request.param
 
 

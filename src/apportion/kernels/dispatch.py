@@ -32,7 +32,8 @@ class Capability:
     """device: platform name. isa: instruction set. ops: those it has; one that lacks any cannot be selected, only tested.
 
     rounds_activations: the elements of weights under which a linear rounds its input to bfloat16 (float16 weights: to float16), unless the
-    scheme says to what. quantized: linears and experts take schemes with scales too (core/number_format).
+    scheme says to what; attention rounds queries and probabilities likewise over caches of these formats. quantized: linears and experts
+    take schemes with scales too (core/number_format).
     batch_invariant: the promise at the top of kernels/ops. limits: what else a caller should know, in words.
     """
 

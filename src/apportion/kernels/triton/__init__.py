@@ -7,12 +7,13 @@ import os
 from importlib.util import find_spec
 from typing import Any
 
+from apportion.core.kv_spec import KV_FORMATS
 from apportion.kernels.dispatch import Capability, Implementation
 from apportion.platforms.cuda import why_not
 from apportion.platforms.platform import GPUS, ComputeShare
 
-LIMITS = ("KV is floating point",)
 ROUNDED_INPUTS = ("e4m3", "e5m2", "int8", "int4", "int3", "int2")  # elements of weights under which an input is rounded to bfloat16
+ROUNDED_QUERIES = ("fp8_e4m3", "fp8_e5m2")  # cached formats under which queries and probabilities are
 
 
 def _make(share: ComputeShare | None) -> Any:
@@ -45,7 +46,9 @@ def implementations() -> list[Implementation]:
         Implementation(
             name,
             rank=-1 if device == "cpu" else 100,  # the interpreter is never the best choice
-            capability=Capability(device, rounds_activations=("bfloat16", "float16", *ROUNDED_INPUTS), limits=LIMITS),
+            capability=Capability(
+                device, kv_dtypes=tuple(KV_FORMATS), rounds_activations=("bfloat16", "float16", *ROUNDED_INPUTS, *ROUNDED_QUERIES)
+            ),
             make=_make,
             unavailable=unavailable,
         )

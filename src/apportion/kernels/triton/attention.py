@@ -20,9 +20,13 @@ from apportion.kernels.ops import AttentionSpec
 from apportion.kernels.reference.number_formats import TORCH_DTYPES
 from apportion.kernels.triton import attention_kernels as kernels
 from apportion.kernels.triton.device import num_multiprocessors
+from apportion.kernels.triton.float8 import FLOAT8, UNITS
 from apportion.kernels.triton.tiles import Tile
 
-TRITON_DTYPES = {"float32": triton.language.float32, "bfloat16": triton.language.bfloat16, "float16": triton.language.float16}
+PRODUCTS = {  # KV format -> what the matrix units multiply
+    "float32": triton.language.float32, "bfloat16": triton.language.bfloat16, "float16": triton.language.float16,
+    "fp8_e4m3": triton.language.bfloat16, "fp8_e5m2": triton.language.bfloat16,
+}  # fmt: skip
 SPLIT_LEN = 256  # tokens: a shorter part is not worth its sum
 MAX_SPLITS = 32
 STAGES = 3  # host buffers of metadata in turn: more than the steps that can be in flight
@@ -103,8 +107,8 @@ def choose_splits(programs: int, max_context: int, multiprocessors: int) -> int:
 
 def _check(spec: AttentionSpec, arena: Tensor) -> None:
     kv = spec.kv
-    if kv.format.name not in TRITON_DTYPES:
-        raise Unsupported(f"KV in {kv.format.name} has no Triton kernel; kv_cache_dtype can be {', '.join(TRITON_DTYPES)}")
+    if kv.format.name not in PRODUCTS:
+        raise Unsupported(f"KV in {kv.format.name} has no Triton kernel; kv_cache_dtype can be {', '.join(PRODUCTS)}")
     if kv.head_dim > (1024 if kv.latent else 256) or kv.v_head_dim > (512 if kv.latent else 256):
         raise Unsupported(f"Triton attention takes heads of at most 256 channels (latents of 512), got {kv.head_dim} and {kv.v_head_dim}")
     if not kv.latent and (kv.head_dim % kv.format.lanes or kv.v_head_dim % kv.format.lanes):
@@ -127,8 +131,12 @@ class _Planned:
         self.metadata = Metadata(arena.device)
         self._group: KVGroupSpec = spec.kv
         self._per_kv_head = spec.num_heads // spec.kv.num_kv_heads
-        self._numbers = arena.view(TORCH_DTYPES[spec.kv.format.name])
-        self._words = arena.view(torch.float32 if spec.kv.format.lanes == 1 else torch.int32)
+        name, lanes = spec.kv.format.name, spec.kv.format.lanes
+        self._numbers = arena if lanes == 4 else arena.view(TORCH_DTYPES[name])
+        self._words = arena.view(torch.float32 if lanes == 1 else torch.int32)
+        element = name.removeprefix("fp8_")
+        self._stored = {"LANES": lanes, "MANTISSA": FLOAT8[element][0] if lanes == 4 else 0, "BLOCK_SIZE": spec.kv.block_size}
+        self._read = {**self._stored, "UNIT": UNITS.get(element, 1.0), "dtype": PRODUCTS[name]}
         self._scale = spec.scale * math.log2(math.e)
         self._multiprocessors = num_multiprocessors(arena.device)
 
@@ -139,6 +147,11 @@ class _Planned:
     def _heads(self, tile: Tile) -> int:
         """Query heads that a program takes: all that share a kv head, as far as they fit."""
         return min(self._per_kv_head, tile.rows)
+
+    def _cut(self, tile: Tile) -> dict[str, int]:
+        """Tokens of one lane are the inner side of a product, which takes at least 16."""
+        tokens = max(tile.n, 16 * self._group.format.lanes)
+        return {"HEADS": self._heads(tile), "BLOCK_M": tile.rows, "BLOCK_N": tokens, **tile.launch}
 
     def plan(
         self, query_start_loc: Tensor, seq_lens: Tensor, block_table: Tensor, num_requests: int, num_tokens: int, handle: Any = None
@@ -175,11 +188,11 @@ class PagedAttention(_Planned):
         kv = spec.kv
         self._phi: dict[int, Tensor] = {}
         self.recomputed = torch.zeros(1, dtype=torch.int32, device=arena.device)
-        lanes, padded = kv.format.lanes, triton.next_power_of_2
+        padded = triton.next_power_of_2
         self._shapes: dict[str, Any] = {
-            "D": kv.head_dim, "DV": kv.v_head_dim, "K_HEADS": kv.num_kv_heads, "GROUP": self._per_kv_head, "LANES": lanes,
-            "BLOCK_SIZE": kv.block_size, "WINDOW": kv.sliding_window or 0, "ROWS": max(16, padded(-(-kv.head_dim // lanes))),
-            "COLUMNS": max(16, padded(kv.v_head_dim)), "dtype": TRITON_DTYPES[kv.format.name],
+            **self._read, "D": kv.head_dim, "DV": kv.v_head_dim, "K_HEADS": kv.num_kv_heads, "GROUP": self._per_kv_head,
+            "WINDOW": kv.sliding_window or 0, "ROWS": max(16, padded(-(-kv.head_dim // kv.format.lanes))),
+            "COLUMNS": max(16, padded(kv.v_head_dim)),
         }  # fmt: skip
 
     def unify(self, layer_offset: int, phi_H: Tensor | None) -> None:
@@ -205,49 +218,48 @@ class PagedAttention(_Planned):
         if not plan.num_tokens:
             return
         kernels.write_kernel[(plan.num_tokens, self.spec.num_heads + 2 * kv.num_kv_heads)](
-            qkv, qkv.stride(0), cos_sin, self._numbers, layer_offset, plan.request_of, plan.starts, plan.seq_lens, plan.table,
-            plan.table.stride(0), q_norm if normalized else cos_sin, k_norm if normalized else cos_sin, self.spec.qk_norm_eps or 0.0,
+            qkv, qkv.stride(0), cos_sin, self._numbers, layer_offset, cos_sin if scales is None else scales, plan.request_of, plan.starts,
+            plan.seq_lens, plan.table, plan.table.stride(0), q_norm if normalized else cos_sin, k_norm if normalized else cos_sin,
+            self.spec.qk_norm_eps or 0.0,
             Q_HEADS=self.spec.num_heads, K_HEADS=kv.num_kv_heads, D=kv.head_dim, DV=kv.v_head_dim, HALF=half,
-            INTERLEAVED=self.spec.interleaved, NORM=normalized, LANES=kv.format.lanes, BLOCK_SIZE=kv.block_size,
+            INTERLEAVED=self.spec.interleaved, NORM=normalized, SCALED=scales is not None, **self._stored,
             BLOCK=padded(max(1, half)), REST=padded(max(kv.v_head_dim, kv.head_dim - 2 * half)), num_warps=1,
         )  # fmt: skip
 
     def run(self, layer_offset: int, qkv: Tensor, out: Tensor, handle: Plan, scales: Tensor | None = None) -> Tensor:
         plan = handle
         if plan.num_decode:
-            self._decode(layer_offset, qkv, out, plan)
+            self._decode(layer_offset, qkv, out, plan, scales)
         if len(plan.tiles):
             grid = (len(plan.tiles), self._shape(plan, self.prefill_tile)[0], 1)
             kernels.paged_kernel[grid](
-                *self._inputs(layer_offset, qkv, plan, plan.tiles, out), out, out.stride(0), out,
-                **self._shapes, **self._cut(self.prefill_tile), PARTIAL=False, SPLITS=1, UNIFIED=False,
+                *self._inputs(layer_offset, qkv, plan, plan.tiles, scales, out), out, out.stride(0), out,
+                **self._shapes, **self._cut(self.prefill_tile), SCALED=scales is not None, PARTIAL=False, SPLITS=1, UNIFIED=False,
             )  # fmt: skip
         return out
 
-    def _decode(self, layer_offset: int, qkv: Tensor, out: Tensor, plan: Plan) -> None:
+    def _decode(self, layer_offset: int, qkv: Tensor, out: Tensor, plan: Plan, scales: Tensor | None) -> None:
         blocks, splits = self._shape(plan, self.decode_tile)
         parts, marks = self._parts(plan, splits)
-        phi, cut = self._phi.get(layer_offset), self._cut(self.decode_tile)
+        phi, cut = self._phi.get(layer_offset), {**self._cut(self.decode_tile), "SCALED": scales is not None}
         kernels.paged_kernel[(plan.num_decode, blocks, splits)](
-            *self._inputs(layer_offset, qkv, plan, plan.decode, marks if phi is None else phi), parts, 0, marks,
+            *self._inputs(layer_offset, qkv, plan, plan.decode, scales, marks if phi is None else phi), parts, 0, marks,
             **self._shapes, **cut, PARTIAL=True, SPLITS=splits, UNIFIED=phi is not None,
         )  # fmt: skip
         if phi is None:
             self._combine(plan, parts, marks, out, splits)
             return
         kernels.unified_combine_kernel[(plan.num_decode, blocks)](
-            parts, marks, qkv, qkv.stride(0), self._words, layer_offset // 4, plan.decode, plan.starts, plan.seq_lens, plan.table,
-            plan.table.stride(0), self._scale, out, out.stride(0), self.recomputed, **self._shapes, **cut, SPLITS=splits,
+            parts, marks, qkv, qkv.stride(0), self._words, layer_offset // 4, marks if scales is None else scales, plan.decode, plan.starts,
+            plan.seq_lens, plan.table, plan.table.stride(0), self._scale, out, out.stride(0), self.recomputed, **self._shapes, **cut,
+            SPLITS=splits,
         )  # fmt: skip
 
-    def _inputs(self, layer_offset: int, qkv: Tensor, plan: Plan, items: Tensor, phi: Tensor) -> tuple[Any, ...]:
+    def _inputs(self, layer_offset: int, qkv: Tensor, plan: Plan, items: Tensor, scales: Tensor | None, phi: Tensor) -> tuple[Any, ...]:
         return (
-            qkv, qkv.stride(0), self._words, layer_offset // 4, items, plan.starts, plan.seq_lens, plan.table, plan.table.stride(0), phi,
-            self._scale,
+            qkv, qkv.stride(0), self._words, layer_offset // 4, phi if scales is None else scales, items, plan.starts, plan.seq_lens,
+            plan.table, plan.table.stride(0), phi, self._scale,
         )  # fmt: skip
-
-    def _cut(self, tile: Tile) -> dict[str, int]:
-        return {"HEADS": self._heads(tile), "BLOCK_M": tile.rows, "BLOCK_N": tile.n, **tile.launch}
 
 
 class LatentAttention(_Planned):
@@ -263,8 +275,8 @@ class LatentAttention(_Planned):
         kv, plan = self._group, handle
         if plan.num_tokens:
             kernels.write_latent_kernel[(plan.num_tokens,)](
-                latent, latent.stride(0), self._numbers, layer_offset, plan.request_of, plan.starts, plan.seq_lens, plan.table,
-                plan.table.stride(0), D=kv.head_dim, LANES=kv.format.lanes, BLOCK_SIZE=kv.block_size,
+                latent, latent.stride(0), self._numbers, layer_offset, latent if scales is None else scales, plan.request_of, plan.starts,
+                plan.seq_lens, plan.table, plan.table.stride(0), D=kv.head_dim, SCALED=scales is not None, **self._stored,
                 BLOCK=triton.next_power_of_2(kv.head_dim), num_warps=2,
             )  # fmt: skip
 
@@ -277,21 +289,22 @@ class LatentAttention(_Planned):
         if plan.num_decode:
             _, splits = self._shape(plan, self.decode_tile)
             parts, marks = self._parts(plan, splits)
-            self._launch(layer_offset, q, plan, plan.decode, self.decode_tile, (parts, 0, marks), splits)
+            self._launch(layer_offset, q, plan, plan.decode, self.decode_tile, (parts, 0, marks), splits, scales)
             self._combine(plan, parts, marks, flat_out, splits)
         if len(plan.tiles):
-            self._launch(layer_offset, q, plan, plan.tiles, self.prefill_tile, (flat_out, flat_out.stride(0), flat_out), 0)
+            self._launch(layer_offset, q, plan, plan.tiles, self.prefill_tile, (flat_out, flat_out.stride(0), flat_out), 0, scales)
         return out
 
     def _launch(
-        self, layer_offset: int, q: Tensor, plan: Plan, items: Tensor, tile: Tile, outputs: tuple[Tensor, int, Tensor], splits: int
-    ) -> None:
+        self, layer_offset: int, q: Tensor, plan: Plan, items: Tensor, tile: Tile, outputs: tuple[Tensor, int, Tensor], splits: int,
+        scales: Tensor | None,
+    ) -> None:  # fmt: skip
         """splits 0: no parts, straight into out."""
         kv, columns = self._group, max(16, triton.next_power_of_2(self._group.v_head_dim))
         kernels.latent_kernel[(len(items), self._shape(plan, tile)[0], max(1, splits))](
-            q, q.stride(0), q.stride(1), self._words, layer_offset // 4, items, plan.starts, plan.seq_lens, plan.table,
-            plan.table.stride(0), self._scale, *outputs, D=kv.head_dim, DV=kv.v_head_dim, GROUP=self._per_kv_head, LANES=kv.format.lanes,
-            BLOCK_SIZE=kv.block_size, HEADS=self._heads(tile), BLOCK_M=tile.rows, BLOCK_N=tile.n,
-            COLUMNS=columns, CHUNK=min(128, columns), ROPE=max(16, triton.next_power_of_2(kv.head_dim - kv.v_head_dim)),
-            PARTIAL=splits > 0, SPLITS=max(1, splits), dtype=TRITON_DTYPES[kv.format.name], **tile.launch,
+            q, q.stride(0), q.stride(1), self._words, layer_offset // 4, q if scales is None else scales, items, plan.starts, plan.seq_lens,
+            plan.table, plan.table.stride(0), self._scale, *outputs, D=kv.head_dim, DV=kv.v_head_dim, GROUP=self._per_kv_head,
+            COLUMNS=columns, CHUNK=min(128, columns),
+            ROPE=max(16, triton.next_power_of_2(kv.head_dim - kv.v_head_dim)), SCALED=scales is not None, PARTIAL=splits > 0,
+            SPLITS=max(1, splits), **self._read, **self._cut(tile),
         )  # fmt: skip

@@ -153,11 +153,12 @@ def _experts(rows: int, tile: int = 0) -> Workload:
     return run
 
 
-def _attention(count: int, unified: bool = False, window: int | None = None, tile: int = 0) -> Workload:
+def _attention(count: int, unified: bool = False, window: int | None = None, tile: int = 0, kv: str = "bfloat16") -> Workload:
     """32 query heads over 8 kv heads of 128 channels; `count` new tokens of each of 16 requests."""
 
     def run(ops: TritonOps) -> None:
-        group = KVGroupSpec((0,), 8, 128, 128, kv_format("bfloat16"), 32, window)
+        group = KVGroupSpec((0,), 8, 128, 128, kv_format(kv), 32, window)
+        scales = _empty(2, 8, dtype=torch.float32) if group.format.scaled else None
         op = ops.paged_attention(AttentionSpec(32, group, 128**-0.5, 128), _empty(1 << 30, dtype=torch.uint8))
         op.decode_tile, op.prefill_tile = ops.tiles.decode[tile], ops.tiles.prefill[tile]
         if unified:
@@ -165,21 +166,22 @@ def _attention(count: int, unified: bool = False, window: int | None = None, til
         starts = torch.arange(0, 17 * count, count, dtype=torch.int32)
         handle = op.plan(starts, torch.full((16,), 4096).int(), torch.zeros(16, 128).int(), 16, 16 * count)
         qkv = _empty(16 * count, 48 * 128)
-        op.write(0, qkv, _empty(16 * count, dtype=torch.int32), _empty(8192, 128, dtype=torch.float32), handle)
-        op.run(0, qkv, _empty(16 * count, 4096), handle)
+        op.write(0, qkv, _empty(16 * count, dtype=torch.int32), _empty(8192, 128, dtype=torch.float32), handle, scales=scales)
+        op.run(0, qkv, _empty(16 * count, 4096), handle, scales)
 
     return run
 
 
-def _latent(count: int, tile: int = 0) -> Workload:
+def _latent(count: int, tile: int = 0, kv: str = "bfloat16") -> Workload:
     def run(ops: TritonOps) -> None:
-        group = KVGroupSpec((0,), 1, 576, 512, kv_format("bfloat16"), 32, latent=True)
+        group = KVGroupSpec((0,), 1, 576, 512, kv_format(kv), 32, latent=True)
+        scales = _empty(2, 1, dtype=torch.float32) if group.format.scaled else None
         op = ops.latent_attention(AttentionSpec(16, group, 0.1, 64), _empty(1 << 30, dtype=torch.uint8))
         op.decode_tile, op.prefill_tile = ops.tiles.latent_decode[tile], ops.tiles.latent_prefill[tile]
         starts = torch.arange(0, 17 * count, count, dtype=torch.int32)
         handle = op.plan(starts, torch.full((16,), 4096).int(), torch.zeros(16, 128).int(), 16, 16 * count)
-        op.write(0, _empty(16 * count, 576), handle)
-        op.run(0, _empty(16 * count, 16, 576), _empty(16 * count, 16, 512), handle)
+        op.write(0, _empty(16 * count, 576), handle, scales)
+        op.run(0, _empty(16 * count, 16, 576), _empty(16 * count, 16, 512), handle, scales)
 
     return run
 
@@ -220,6 +222,9 @@ DEFAULT: dict[str, Workload] = {
     "decode-unified": _attention(1, unified=True),
     "decode-window": _attention(1, window=1024),
     "prefill": _attention(128),
+    "decode-fp8_e4m3": _attention(1, unified=True, kv="fp8_e4m3"),
+    "prefill-fp8_e4m3": _attention(128, kv="fp8_e4m3"),
+    "latent-decode-fp8_e4m3": _latent(1, kv="fp8_e4m3"),
     "latent-decode": _latent(1),
     "latent-prefill": _latent(128),
 }
@@ -228,6 +233,10 @@ DEFAULT: dict[str, Workload] = {
 def sweep() -> dict[str, Workload]:
     """Every tile of every kernel that has several."""
     found = DEFAULT | {f"linear-{rows}-{scheme}": _coded(rows, scheme) for rows in (16, 64) for scheme in CODED}
+    for kv in ("fp8_e4m3", "fp8_e5m2"):
+        found |= {f"decode-online-{kv}": _attention(1, kv=kv), f"decode-{kv}": _attention(1, True, kv=kv)}
+        found |= {f"prefill-{kv}": _attention(128, kv=kv)}
+        found |= {f"latent-decode-{kv}": _latent(1, kv=kv), f"latent-prefill-{kv}": _latent(128, kv=kv)}
     for i in range(1, len(Tiles().flat)):
         found |= {f"linear-{rows}-tile{i}": _linear(rows, i) for rows in (16, 64)}
     for i in range(1, len(Tiles().experts)):

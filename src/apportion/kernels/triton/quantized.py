@@ -20,24 +20,14 @@ from apportion.core.number_format import NumberFormat, Scheme
 from apportion.kernels.ops import LinearSpec
 from apportion.kernels.reference.linear import DequantizedLinear
 from apportion.kernels.reference.number_formats import FLOAT8_MAX, LEAST_TOKEN_SCALE
-from apportion.kernels.triton import ROUNDED_INPUTS
+from apportion.kernels.triton import ROUNDED_INPUTS, float8
 from apportion.kernels.triton.device import num_multiprocessors
+from apportion.kernels.triton.float8 import FLOAT8
 from apportion.kernels.triton.linear import add_splits_kernel, choose_splits
 from apportion.kernels.triton.tiles import MOST_ROWS, Tile
 
-# element -> (mantissa bits, exponent of the least normal number, what the bits of a code as those of a float32 are to be multiplied by)
-FLOAT8 = {"e4m3": (3, -6, 2.0**120), "e4m3fnuz": (3, -7, 2.0**119), "e5m2": (2, -14, 2.0**112)}
 STEP = 32  # inputs that a group must fill
 ZEROS = {"none": 0, "zp": 1, "min": 2}
-
-
-@triton.jit
-def round_float8(x, MANTISSA: tl.constexpr, LEAST: tl.constexpr, LARGEST: tl.constexpr):
-    """float32 -> the nearest float8, ties to even, as float32; what is larger becomes LARGEST, a NaN stays one."""
-    a = tl.minimum(tl.maximum(x, -LARGEST), LARGEST)
-    exponent = tl.maximum((a.to(tl.int32, bitcast=True) >> 23) & 0xFF, LEAST + 127)
-    magic = (((exponent + (23 - MANTISSA)) << 23) | 0x400000).to(tl.float32, bitcast=True)  # its last place is a step of the grid
-    return tl.where(x != x, x, (a + magic) - magic)
 
 
 @triton.jit
@@ -58,7 +48,7 @@ def round_input_kernel(
         tl.store(scales + row * groups + group, scale)
     ratio = tl.div_rn(values, tl.zeros_like(values) + scale)
     if MANTISSA > 0:
-        rounded = round_float8(ratio, MANTISSA, LEAST, LARGEST)
+        rounded = float8.round_float8(ratio, MANTISSA, LEAST, LARGEST)
     else:
         held = tl.minimum(tl.maximum(ratio, -LARGEST - 1), LARGEST)
         rounded = tl.where(ratio != ratio, ratio, (held + 12582912.0) - 12582912.0)  # 1.5 * 2^23: to the nearest integer, ties to even
@@ -86,10 +76,9 @@ def _unpack(place, inside_n, k, num_words, BITS: tl.constexpr, BLOCK_N: tl.const
 
 @triton.jit
 def _decode(codes, zero, MANTISSA: tl.constexpr, FACTOR: tl.constexpr):
-    """Codes as float32: integers count from `zero`, a float8's bits stand as those of a float32 whose exponent is off by FACTOR."""
+    """Codes as float32: integers count from `zero`."""
     if MANTISSA > 0:
-        bits = ((codes & 0x7F) << (23 - MANTISSA)) | ((codes & 0x80) << 24)
-        return bits.to(tl.float32, bitcast=True) * FACTOR
+        return float8.decode(codes, MANTISSA, FACTOR)
     else:
         return codes.to(tl.float32) - zero
 
