@@ -29,10 +29,13 @@ PRODUCTS = {
 }
 # What may leave the registers. Sums over 512 latent channels fill those of a thread, and no smaller tile is left; the tile of prefill
 # that fits sm_80 and sm_89 is a little too much for gfx942.
+FULL = ("latent-decode", "latent-decode-fp8_e4m3", "latent-prefill")
 SPILLS = {
-    **{(workload, target): 64 for workload in ("latent-decode", "latent-decode-fp8_e4m3", "latent-prefill") for target in ("sm_80", "sm_89")},
-    ("latent-decode-fp8_e4m3", "sm_90"): 64, ("prefill", "gfx942"): 32, ("prefill-fp8_e4m3", "gfx942"): 80,
-}  # fmt: skip
+    **{(workload, target): 64 for workload in FULL for target in ("sm_80", "sm_89")},
+    ("latent-decode-fp8_e4m3", "sm_90"): 64,
+    ("prefill", "gfx942"): 32,
+    ("prefill-fp8_e4m3", "gfx942"): 80,
+}
 WGMMA = {"flat_kernel", "gate_up_kernel", "down_kernel"}  # weights stand on the side that is 64 wide
 
 
