@@ -137,17 +137,10 @@ def test_static_scales_of_weights_and_inputs(checkpoint):
 
 def test_static_scales_of_a_mixture(tmp_path):
     """The same for the model of the table, a Mixtral, expert by expert; it generates. Its router stays as it is."""
-    experts = ((".mlp.", ".block_sparse_moe."), (".gate_proj.", ".w1."), (".up_proj.", ".w3."), (".down_proj.", ".w2."))
-    tensors = {}
-    for name, tensor in packers.floats(mixture=True).items():
-        for ours, theirs in experts:
-            name = name.replace(ours, theirs) if ".mlp." in name or "block_sparse" in name else name
-        tensors[name] = tensor
-    changes = {"architectures": ["MixtralForCausalLM"], "num_local_experts": packers.NUM_EXPERTS, "num_experts_per_tok": 2}
-    source = packers.write(tmp_path / "source", tensors, **changes)
+    source = packers.write_mixtral(tmp_path / "source")
     tokens = [[(7 * i + 3 * j) % 101 for j in range(40)] for i in range(8)]
     quantize(str(source), tmp_path / "out", "fp8_static", calibration=tokens, format="fp8")
-    check_static_tensors(tmp_path / "out", packers.linears(mixture=True))
+    check_static_tensors(tmp_path / "out", map(packers.mixtral_name, packers.linears(mixture=True)))
     with LLM(tmp_path / "out", tokenizer=DEFAULT_MODEL) as llm:
         assert llm.generate([tokens[0]])[0].outputs[0].token_ids
 

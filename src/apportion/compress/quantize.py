@@ -12,7 +12,6 @@ from pathlib import Path
 from typing import Any, cast
 
 import torch
-from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 from apportion.compress.methods.gptq import gptq
@@ -72,15 +71,15 @@ def quantize_checkpoint(
             progress(index, len(layers), f"layer {index}{' (kept)' if restored else ''}")
         work = _Layer(source, recipe, layer, index, [_Task(p, *schemes[p.name]) for p in found[index] if p.name in schemes])
         if restored:
-            work.restore(load_file(output / _shard(index, len(layers))))
+            work.restore(source.read(output / _shard(index, len(layers))))
         else:
             work.quantize(walk)
-            save_file(work.tensors, output / _shard(index, len(layers)), {"format": "pt"})
+            source.write(work.tensors, output / _shard(index, len(layers)))
             state.finish(index, work.entries)
         if walk is not None and index + 1 < len(layers):
             work.replace_weights()
             walk.advance(layer)
-    save_file(source.rest(), output / _shard(len(layers), len(layers)), {"format": "pt"})
+    source.write(source.rest(), output / _shard(len(layers), len(layers)))
     report = _write_folder(source, output, recipe, state, len(layers), sum(map(len, tokens)), time.monotonic() - started)
     if progress:
         progress(len(layers), len(layers), "written")
@@ -147,13 +146,15 @@ class _Layer:
                 scale = awq_scale(weights, [self._tasks[name].scheme.weight for name in names], stats)
             else:
                 scale = smooth_scale(weights, stats, self._recipe.strength)
+            assert isinstance(norm, RMSNorm)
+            stored = f"{norm.name}.weight"
+            moved = (norm.weight / scale).to(self.tensors[stored].dtype)
+            scale = torch.where(moved == 0, scale, norm.weight / moved.float())  # what the rounded norm lost goes to the linears
+            norm.weight.copy_(moved)
+            self.tensors[stored] = moved
             stats.divide(scale)
             for name in names:
                 matrices[name] = matrices[name] * scale
-            assert isinstance(norm, RMSNorm)
-            norm.weight /= scale
-            stored = self.tensors[f"{norm.name}.weight"]
-            self.tensors[f"{norm.name}.weight"] = norm.weight.to(stored.dtype).clone()
 
     def restore(self, tensors: dict[str, Tensor]) -> None:
         """What a run before this one wrote for this layer."""
@@ -233,7 +234,9 @@ def _write_folder(
     entries = state.entries
     schemes = {entry["name"]: entry["scheme"] for entry in entries}
     kept = [name for name in source.linears() if name not in schemes]
-    config = source.config | {"quantization_config": section_of(schemes, kept, recipe.family, recipe.kv_cache)}
+    spelt = {source.published(name): scheme for name, scheme in schemes.items()}
+    section = section_of(spelt, [source.published(name) for name in kept], recipe.family, recipe.kv_cache)
+    config = source.config | {"quantization_config": section}
     (output / "config.json").write_text(json.dumps(config, indent=2))
     for file in source.folder.iterdir():
         if file.is_file() and file.name != "config.json" and not re.search(r"\.(safetensors|gguf|bin|pth|index\.json)$", file.name):

@@ -7,6 +7,7 @@ from collections.abc import Collection, Mapping
 from pathlib import Path
 
 import torch
+from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 from apportion.core.errors import InvalidParameter
@@ -14,8 +15,9 @@ from apportion.core.model_spec import ModelSpec
 from apportion.core.number_format import Scheme
 from apportion.kernels.ops import Ops, QuantizedWeight
 from apportion.kernels.reference.ops import ReferenceOps
-from apportion.models.checkpoint import Checkpoint, read_json, read_spec, resolve_folder
+from apportion.models.checkpoint import Checkpoint, read_json, read_spec, resolve_folder, respell
 from apportion.models.loader import build_model
+from apportion.models.registry import SPELLINGS
 from apportion.parallel.groups import ParallelGroup
 from apportion.quant.checkpoint import is_quantized, read_records
 from apportion.quant.scheme import LinearRecords
@@ -37,11 +39,28 @@ class Source:
         self.spec: ModelSpec = read_spec(self.folder)
         ops: Ops = ReferenceOps()
         shape = build_model(self.spec, ops, ParallelGroup(), LinearRecords("float32"))
+        self._aliases, self._spellings = shape.aliases, SPELLINGS.get(self.spec.architecture, ())
         self._checkpoint = Checkpoint(self.folder, shape.aliases)
 
     def _tensor(self, name: str) -> Tensor:
         file, stored = self._checkpoint.tensors[name]
         return file.read(stored)
+
+    def published(self, projection: str) -> str:
+        """What published checkpoints of the family call a projection: other readers know no other name."""
+        return respell(projection, self._spellings)
+
+    def write(self, tensors: Mapping[str, Tensor], path: Path) -> None:
+        """A file of tensors, under their published names."""
+        spelt = {}
+        for name, tensor in tensors.items():
+            stem, dot, kind = name.rpartition(".")
+            spelt[self.published(stem) + dot + kind] = tensor
+        save_file(spelt, path, {"format": "pt"})
+
+    def read(self, path: Path) -> dict[str, Tensor]:
+        """The tensors of a file that `write` wrote, under our names."""
+        return {respell(name, self._aliases): tensor for name, tensor in load_file(path).items()}
 
     def matrix(self, name: str) -> Tensor:
         """A projection's weights, float32 [N, C], those of fused experts too."""

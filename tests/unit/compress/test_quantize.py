@@ -13,7 +13,7 @@ from apportion.cli.inspect import describe
 from apportion.cli.main import main
 from apportion.compress import quantize as stage
 from apportion.compress.methods.gptq import gptq
-from apportion.compress.methods.scaling import weighted_error
+from apportion.compress.methods.scaling import clipped, weighted_error
 from apportion.compress.statistics import InputStatistics
 from apportion.core.config import ModelConfig
 from apportion.core.errors import InvalidParameter
@@ -74,6 +74,24 @@ def test_gptq_beats_rounding_and_zeroes_no_channel():
     assert torch.equal(gptq(weight, fmt, None).codes, rounded.codes)
 
 
+@pytest.mark.parametrize("name", ["int4_g32", "int3_g32_zp", "int2_channel_zp", "int4_g24"])
+def test_clipping_is_for_what_a_group_adds_to_the_output(name):
+    """Inputs of a common sign: errors of a group add up, which no channel's own variance tells. One group at a time, nothing is lost."""
+    generator = torch.Generator().manual_seed(6)
+    weight = torch.randn(48, 96, generator=generator)
+    x = torch.randn(400, 96, generator=generator) + 3
+    hessian = (x.T @ x / len(x)).double()
+    fmt = NumberFormat.parse(name)
+    near, width = dequantize(nearest(weight, fmt)), fmt.block[1] or 96
+    found = {kind: dequantize(clipped(weight, fmt, h)) for kind, h in (("whole", hessian), ("diagonal", hessian.diagonal().diag()))}
+    lost = {"nearest": 0.0, "whole": 0.0, "diagonal": 0.0}
+    for first in range(0, 96, width):
+        part = slice(first, first + width)
+        for kind, w in [("nearest", near), *found.items()]:
+            lost[kind] += weighted_error(weight[:, part], w[:, part], hessian[part, part])
+    assert lost["whole"] < 0.9 * lost["nearest"] and lost["whole"] < lost["diagonal"], lost
+
+
 def test_token_weights_and_few_tokens():
     """A token of weight 3 counts as three; of weight 0 not at all. A matrix that no token reached has the pool's statistics."""
     x = torch.randn(5, 8)
@@ -131,6 +149,23 @@ def test_transformers_reads_the_same_numbers(tmp_path, scheme):
     source = packers.write(tmp_path / "source", packers.floats(), model_type="llama")
     quantize(str(source), tmp_path / "out", scheme)
     theirs = transformers.AutoModelForCausalLM.from_pretrained(tmp_path / "out", dtype=torch.float32)
+    with torch.no_grad():
+        expected = theirs(torch.tensor([TOKENS])).logits[0]
+    found = dense_logits(load(tmp_path / "out").model, TOKENS)
+    torch.testing.assert_close(found, expected, rtol=1e-3, atol=1e-3 * float(expected.abs().max()))
+
+
+@pytest.mark.parametrize("scheme", ["e4m3_channel", "int4_g32"])
+def test_transformers_reads_a_mixtral(tmp_path, scheme):
+    """The same for experts, which transformers widens as it loads them, each found by its published name."""
+    transformers = pytest.importorskip("transformers")
+    pytest.importorskip("compressed_tensors")
+    quantize(str(packers.write_mixtral(tmp_path / "source")), tmp_path / "out", scheme)
+    widened = transformers.CompressedTensorsConfig(dequantize=True)
+    theirs, told = transformers.AutoModelForCausalLM.from_pretrained(
+        tmp_path / "out", dtype=torch.float32, quantization_config=widened, output_loading_info=True
+    )
+    assert not told["missing_keys"] and not told["mismatched_keys"]
     with torch.no_grad():
         expected = theirs(torch.tensor([TOKENS])).logits[0]
     found = dense_logits(load(tmp_path / "out").model, TOKENS)

@@ -71,6 +71,22 @@ def write(folder: Path, tensors: dict[str, torch.Tensor], section: dict | None =
     return folder
 
 
+def mixtral_name(name: str) -> str:
+    """As published Mixtrals spell a projection or tensor of `linears(mixture=True)`."""
+    if ".mlp." not in name:
+        return name
+    for ours, theirs in ((".mlp.", ".block_sparse_moe."), (".gate_proj", ".w1"), (".up_proj", ".w3"), (".down_proj", ".w2")):
+        name = name.replace(ours, theirs)
+    return name
+
+
+def write_mixtral(folder: Path) -> Path:
+    """A Mixtral in float32 under its published names."""
+    tensors = {mixtral_name(name): tensor for name, tensor in floats(mixture=True).items()}
+    changes = {"architectures": ["MixtralForCausalLM"], "model_type": "mixtral", "num_local_experts": NUM_EXPERTS, "num_experts_per_tok": 2}
+    return write(folder, tensors, **changes)
+
+
 def quantized(pack, mixture: bool = False, seed: int = 3) -> tuple[dict[str, torch.Tensor], dict[str, torch.Tensor]]:
     """(tensors of a checkpoint whose linears `pack` packed, the tensors they mean in float32)."""
     plain, packed = floats(mixture, seed), {}

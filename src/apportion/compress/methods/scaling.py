@@ -49,21 +49,26 @@ def smooth_scale(weights: Sequence[Tensor], seen: InputStatistics, strength: flo
 
 
 def clipped(weight: Tensor, fmt: NumberFormat, hessian: Tensor | None) -> QuantizedWeight:
-    """Round to nearest, the range of every group of an output narrowed where that costs less (by the diagonal of the Hessian)."""
+    """Round to nearest, the range of every group of an output narrowed where that costs less of what the group adds to the output."""
     whole = quantize(weight, fmt)
     if hessian is None or fmt.scale not in ("group", "channel") or not fmt.is_integer:
         return whole
     n, c = weight.shape
     width = fmt.block[1] or c
-    groups = torch.nn.functional.pad(weight, (0, -c % width)).view(n, -1, width)
-    importance = torch.nn.functional.pad(hessian.diagonal().float(), (0, -c % width)).view(-1, width)
-    low, high = groups.amin(2).clamp(max=0), groups.amax(2).clamp(min=0)
+    rest = -c % width
+    square = torch.nn.functional.pad(hessian.float(), (0, rest, 0, rest)).view((c + rest) // width, width, -1, width)
+    own = square.diagonal(dim1=0, dim2=2).permute(2, 0, 1)  # each group's inputs among themselves [G, width, width]
+
+    def groups(matrix: Tensor) -> Tensor:
+        """[N, C] -> [G, N, width]"""
+        return torch.nn.functional.pad(matrix, (0, rest)).view(n, -1, width).transpose(0, 1)
+
+    low, high = (edge.T.contiguous() for edge in (groups(weight).amin(2).clamp(max=0), groups(weight).amax(2).clamp(min=0)))
     best, least = torch.ones_like(low), torch.full_like(low, torch.inf)
     for clip in CLIPS:
         scale, zero = scale_for(low * clip, high * clip, fmt)
-        near = dequantize(QuantizedWeight(fmt, encode(weight, scale, zero, fmt), scale, zero))
-        lost = torch.nn.functional.pad(weight - near, (0, -c % width)).view(n, -1, width).square()
-        cost = (lost * importance).sum(2)
+        lost = groups(weight - dequantize(QuantizedWeight(fmt, encode(weight, scale, zero, fmt), scale, zero)))
+        cost = ((lost @ own) * lost).sum(2).T
         better = cost < least
         best, least = torch.where(better, clip, best), torch.where(better, cost, least)
     scale, zero = scale_for(low * best, high * best, fmt)
