@@ -1,10 +1,10 @@
-"""What each number format loses: the bundled model (or any), held-out text and retrieval, through `apportion eval`.
+"""What each number format loses: a trained model, held-out text and retrieval, by the functions behind `apportion eval`.
 
     python benchmarks/quantized_accuracy.py --calibration train.jsonl.xz --text val.jsonl.xz [--model FOLDER] [--only fp8,...] [--write]
 
-Every line is a candidate against the original in float32 (`eval compare`; the A/A floor is the original in bfloat16). Some are held
-against it as it is stored, in retrieval, too (`eval recovery`); then each method against rounding at the same bits, token by token.
-With --write the figures go to benchmarks/results, and into the tables of docs/quantization.md.
+Every line is a candidate against the original in float32 (`eval compare`; the A/A floor is the original as it is stored, in bfloat16).
+Some are held against that, too, in what they find in their context (`eval recovery`); then each method against rounding at the same
+bits, token by token. With --write the figures go to benchmarks/results, and into the tables of docs/quantization.md.
 """
 
 from __future__ import annotations
@@ -12,25 +12,34 @@ from __future__ import annotations
 import argparse
 import datetime
 import json
-import subprocess
 import sys
 import tempfile
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from apportion import quantize
-from apportion.assets import DEFAULT_MODEL
-from apportion.evaluate.text import read_documents
+import numpy as np
 
-sys.path.insert(0, str(Path(__file__).parent))
-from run_all import machine
+from apportion import LLM, quantize
+from apportion.assets import DEFAULT_MODEL
+from apportion.evaluate.answers import accuracy, ask
+from apportion.evaluate.compare import Comparison, compare
+from apportion.evaluate.likelihood import by_cluster
+from apportion.evaluate.recovery import recovery
+from apportion.evaluate.retrieval import retrieval_items
+from apportion.evaluate.statistics import Estimate, bootstrap, ratio
+from apportion.evaluate.subject import describe
+from apportion.evaluate.text import cut_windows, read_documents
 
 ROOT = Path(__file__).resolve().parents[1]
-PAGE = ROOT / "docs" / "quantization.md"
-RESULTS = ROOT / "benchmarks" / "results"
-BEGIN, END = "<!-- accuracy: written by benchmarks/quantized_accuracy.py -->", "<!-- accuracy: end -->"
+sys.path += [str(ROOT / "benchmarks"), str(ROOT / "scripts")]
+from pages import write_part  # noqa: E402
+from run_all import RESULTS, machine  # noqa: E402
+
 NLL_BAR, KV_BAR, RECOVERY_BAR = 0.005, 0.003, 0.99
+TASKS, LENGTHS = ("passkey", "mqar"), (256, 512)  # both models were trained on rows of 256 and 640 tokens
+WINDOW = 512
 
 
 @dataclass(frozen=True)
@@ -41,66 +50,90 @@ class Candidate:
     name: str
     scheme: str = ""
     method: str = "rtn"
-    keywords: tuple[str, ...] = ()
+    keywords: tuple[tuple[str, str], ...] = ()
     kv_cache: bool = False
     bar: float | None = None
     retrieval: bool = False
 
 
 CANDIDATES = (
-    Candidate("fp8", keywords=("quantization=fp8",), bar=NLL_BAR, retrieval=True),
-    Candidate("int8", keywords=("quantization=int8",), bar=NLL_BAR, retrieval=True),
+    Candidate("fp8", keywords=(("quantization", "fp8"),), bar=NLL_BAR, retrieval=True),
+    Candidate("int8", keywords=(("quantization", "int8"),), bar=NLL_BAR, retrieval=True),
+    Candidate("fp8 gptq", "fp8", "gptq", bar=NLL_BAR, retrieval=True),
     Candidate("fp8 static", "fp8_static", retrieval=True),
-    Candidate("fp8 KV", keywords=("kv_cache_dtype=fp8",), bar=KV_BAR),
-    Candidate("fp8 and calibrated fp8 KV", "fp8", kv_cache=True, retrieval=True),
+    Candidate("fp8 KV", keywords=(("kv_cache_dtype", "fp8"),), bar=KV_BAR),
+    Candidate("fp8 and calibrated fp8 KV", "fp8", kv_cache=True),
     *(Candidate(f"{scheme} {method}", scheme, method) for scheme in ("w4a16", "w3a16", "w2a16") for method in ("rtn", "gptq", "awq")),
 )
 
 
 class Study:
-    """The original, its calibration text, and what was made of them."""
+    """The original in float32 and as it is stored, the text, the questions, and what was made of them."""
 
     def __init__(self, args: argparse.Namespace, folder: Path) -> None:
         self.args, self.folder = args, folder
-        self.texts = read_documents(args.calibration)
+        self.calibration = read_documents(args.calibration)
+        self.reference, self.original = self.open(dtype="float32"), self.open()
+        tokenizer = self.original.tokenizer
+        self.windows = cut_windows([tokenizer.encode(text) for text in read_documents(args.text)], WINDOW, None)
+        self.floor = self.compare(self.original)
+        self.items = []
+        if args.retrieval_samples:
+            self.items = retrieval_items(tokenizer, tasks=TASKS, lengths=LENGTHS, num_samples=args.retrieval_samples)
+        self.answers = ask(self.original, self.items)
 
-    def checkpoint(self, candidate: Candidate) -> Path:
-        folder = self.folder / candidate.name.replace(" ", "-")
-        if not folder.exists():
-            quantize(
-                str(self.args.model), folder, candidate.scheme, candidate.method, self.texts, kv_cache=candidate.kv_cache,
-                num_samples=self.args.num_samples, max_seq_len=512,
-            )  # fmt: skip
-        return folder
+    def about(self) -> dict[str, Any]:
+        floor = as_dicts(self.floor.metrics())
+        counts = {"num_tokens": floor["nll_difference"]["num"], "num_items": len(self.items)}
+        return counts | {"score_original": accuracy(self.answers).as_dict(), "floor": floor}
 
-    def evaluate(self, task: str, model: Path, candidate: list[str], *rest: str) -> dict[str, Any]:
-        command = ["eval", task, str(model), "--candidate", *candidate, "--json", "--quiet", "--num-threads", str(self.args.threads), *rest]
-        done = subprocess.run([sys.executable, "-m", "apportion.cli.main", *command], capture_output=True, text=True)
-        if done.returncode:
-            sys.exit(f"apportion {' '.join(command)}: {done.stderr[-2000:]}")
-        return json.loads(done.stdout)
+    def open(self, **keywords: Any) -> LLM:
+        return LLM(**({"model": self.args.model, "kv_cache_memory": 128 << 20, "num_threads": self.args.threads} | keywords))
 
-    def compare(self, model: Path, candidate: list[str], *rest: str) -> dict[str, Any]:
-        return self.evaluate("compare", model, candidate, "--text", str(self.args.text), "--window", "512", *rest)
+    def compare(self, llm: LLM) -> Comparison:
+        return compare(self.reference, {"": llm}, self.windows)[""]
 
-    def row(self, candidate: Candidate) -> dict[str, Any]:
-        keywords = list(candidate.keywords)
+    def keywords(self, candidate: Candidate) -> dict[str, Any]:
+        found: dict[str, Any] = dict(candidate.keywords)
         if candidate.scheme:
-            keywords.append(f"model={self.checkpoint(candidate)}")
-        found = self.compare(self.args.model, keywords)
-        row: dict[str, Any] = {"name": candidate.name, "bar": candidate.bar, "metrics": found["metrics"], "floor": found["floor"]}
-        row |= {"weight_bytes": found["subject"]["weight_bytes"], "kv_bytes_per_token": found["subject"]["kv_bytes_per_token"]}
-        if candidate.retrieval and self.args.retrieval_samples:
-            grid = ("--tasks", "passkey", "mqar", "--lengths", "512", "--num-samples", str(self.args.retrieval_samples))
-            found = self.evaluate("recovery", self.args.model, keywords, "--reference", "dtype=auto", *grid)
-            row["recovery"] = found["metrics"]["recovery"]
-        return row
+            found["model"] = self.folder / candidate.name.replace(" ", "-")
+            quantize(
+                str(self.args.model), found["model"], candidate.scheme, candidate.method, self.calibration, kv_cache=candidate.kv_cache,
+                num_samples=self.args.num_samples, max_seq_len=WINDOW,
+            )  # fmt: skip
+        return found
 
-    def gain(self, scheme: str, method: str) -> dict[str, Any]:
-        """NLL of a method's checkpoint less that of rounding, paired over the same text."""
-        nearest, better = (self.checkpoint(next(c for c in CANDIDATES if c.name == f"{scheme} {m}")) for m in ("rtn", method))
-        found = self.compare(nearest, [f"model={better}"], "--reference", "dtype=auto", "--no-floor")
-        return {"scheme": scheme, "method": method, "nll_difference": found["metrics"]["nll_difference"]}
+    def row(self, candidate: Candidate) -> tuple[dict[str, Any], Comparison]:
+        with self.open(**self.keywords(candidate)) as llm:
+            found, about = self.compare(llm), describe(llm)
+            row: dict[str, Any] = {"name": candidate.name, "bar": candidate.bar, "metrics": as_dicts(found.metrics())}
+            row |= {"weight_bytes": about["weight_bytes"], "kv_bytes_per_token": about["kv_bytes_per_token"]}
+            if candidate.retrieval and self.items:
+                ours = ask(llm, self.items)
+                row |= as_dicts({"recovery": recovery(self.answers, ours), "score": accuracy(ours)})
+                row["recovery_by_task"] = {
+                    f"{task} {length}": recovery(*([a for a in side if (a.item.task, a.item.row["length"]) == (task, length)]
+                                                   for side in (self.answers, ours))).as_dict()
+                    for task in TASKS for length in LENGTHS
+                }  # fmt: skip
+        return row, found
+
+
+def as_dicts(estimates: dict[str, Estimate]) -> dict[str, Any]:
+    return {name: estimate.as_dict() for name, estimate in estimates.items()}
+
+
+def gain(nearest: Comparison, better: Comparison) -> Estimate:
+    """NLL of a method's checkpoint less that of rounding, paired over the same text."""
+    pairs = zip(nearest.candidate, better.candidate, strict=True)
+    rows = np.array([(len(b.nll), (b.nll - n.nll).sum()) for n, b in pairs])
+    return bootstrap(by_cluster([s.window for s in better.candidate], rows), ratio(1, 0), num=int(rows[:, 0].sum()))
+
+
+def gains(candidates: Sequence[Candidate], found: Mapping[str, Comparison]) -> dict[str, Estimate]:
+    """Of every method whose rounding to the same scheme was measured, too."""
+    pairs = [(f"{c.scheme} rtn", c.name) for c in candidates if c.scheme and c.method != "rtn"]
+    return {name: gain(found[nearest], found[name]) for nearest, name in pairs if {nearest, name} <= found.keys()}
 
 
 def verdict(row: dict[str, Any]) -> str:
@@ -113,12 +146,14 @@ def verdict(row: dict[str, Any]) -> str:
 
 
 def table(results: dict[str, Any]) -> str:
-    rows = results["rows"]
-    reference, floor = rows[0]["metrics"]["nll_reference"]["value"], rows[0]["floor"]
+    rows, floor = results["rows"], results["floor"]
+    reference = floor["nll_reference"]["value"]
     moved, same = floor["nll_difference"]["value"] / reference, floor["top1_agreement"]["value"]
-    text = f"{results['model']}: {results['num_tokens']:,} tokens of held-out text in windows of 512, NLL {reference:.4f} in float32"
+    text = f"{results['model']}: {results['num_tokens']:,} tokens of held-out text in windows of {WINDOW}, NLL {reference:.4f} in float32"
+    asked = f"of {results['num_items']:,} questions ({', '.join(TASKS)} at {' and '.join(map(str, LENGTHS))} tokens) the original answers"
     lines = [
-        f"{text}; in bfloat16 it moves by {moved:+.3%} and {same:.2%} of the most likely tokens stay (the A/A floor). Intervals of 95 %.",
+        f"{text}; in bfloat16 it moves by {moved:+.3%} and {same:.2%} of the most likely tokens stay (the A/A floor). Intervals of 95 %;",
+        f"{asked} {results['score_original']['value']:.1%}.",
         "",
         "| | weights, MB | NLL | interval | bar | same top-1 | retrieval kept | |",
         "|---|---|---|---|---|---|---|---|",
@@ -126,16 +161,15 @@ def table(results: dict[str, Any]) -> str:
     for row in rows:
         lost, kept = row["metrics"]["nll_difference"], row.get("recovery")
         shares = [lost[key] / reference for key in ("value", "low", "high")]
-        retrieval = f"{kept['value']:.1%} ({kept['low']:.1%} .. {kept['high']:.1%})" if kept else ""
+        retrieval = f"{kept['value']:.2%} ({kept['low']:.2%} .. {kept['high']:.2%})" if kept else ""
         bar = "" if row["bar"] is None else f"{row['bar']:.1%}"
         lines.append(
             f"| {row['name']} | {row['weight_bytes'] / 1e6:.2f} | {shares[0]:+.3%} | {shares[1]:+.3%} .. {shares[2]:+.3%} | {bar} | "
             f"{row['metrics']['top1_agreement']['value']:.2%} | {retrieval} | {verdict(row)} |"
         )
     lines += ["", "| against rounding to nearest, the same text | NLL, nat a token | interval |", "|---|---|---|"]
-    for gain in results["gains"]:
-        lost = gain["nll_difference"]
-        lines.append(f"| {gain['scheme']} {gain['method']} | {lost['value']:+.4f} | {lost['low']:+.4f} .. {lost['high']:+.4f} |")
+    for name, lost in results["gains"].items():
+        lines.append(f"| {name} | {lost['value']:+.4f} | {lost['low']:+.4f} .. {lost['high']:+.4f} |")
     return "\n".join(lines)
 
 
@@ -145,42 +179,42 @@ def write_page() -> None:
     for path in sorted(RESULTS.glob("quantized_accuracy-*.json")):
         results = json.loads(path.read_text())
         newest[results["model"]] = results
-    head, begin, rest = PAGE.read_text("utf-8").partition(BEGIN)
-    _, end, tail = rest.partition(END)
-    if not begin or not end:
-        sys.exit(f"{PAGE.relative_to(ROOT)} has lost its markers: {BEGIN} and {END}")
-    PAGE.write_text("\n\n".join([f"{head}{BEGIN}", *map(table, newest.values()), f"{END}{tail}"]), encoding="utf-8")
+    text = "\n\n".join(map(table, newest.values()))
+    write_part(ROOT / "docs" / "quantization.md", "accuracy", "benchmarks/quantized_accuracy.py", text)
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--model", type=Path, default=DEFAULT_MODEL)
-    parser.add_argument("--calibration", type=Path, required=True, help="text that methods may see")
-    parser.add_argument("--text", type=Path, required=True, help="text that none has seen")
+    parser.add_argument("--calibration", type=Path, help="text that methods may see")
+    parser.add_argument("--text", type=Path, help="text that none has seen")
     parser.add_argument("--num-samples", type=int, default=128, help="calibration sequences of 512 tokens")
-    parser.add_argument("--retrieval-samples", type=int, default=100, help="of each task and depth; 0: none")
+    parser.add_argument("--retrieval-samples", type=int, default=200, help="of each task, length and depth; 0: none")
     parser.add_argument("--only", default=",".join(c.name for c in CANDIDATES), help="names of candidates, separated by commas")
     parser.add_argument("--threads", type=int, default=2)
     parser.add_argument("--write", action="store_true", help="keep the results in benchmarks/results and write the page's tables")
+    parser.add_argument("--table", action="store_true", help="write the page's tables from what was kept, and measure nothing")
     args = parser.parse_args()
-    wanted = args.only.split(",")
+    if args.table:
+        return write_page()
+    if args.calibration is None or args.text is None:
+        parser.error("--calibration and --text are needed to measure")
+    wanted = [candidate for candidate in CANDIDATES if candidate.name in args.only.split(",")]
+    name = f"{args.model.parent.name}-{args.model.name}"
+    about = {"model": name, "command": " ".join(["python", *sys.argv]), "machine": machine()}
+    path = RESULTS / f"quantized_accuracy-{name}-{datetime.date.today().isoformat()}.json"
+    rows, found = [], {}
     with tempfile.TemporaryDirectory() as folder:
         study = Study(args, Path(folder))
-        rows = []
-        for candidate in CANDIDATES:
-            if candidate.name in wanted:
-                rows.append(study.row(candidate))
-                print(candidate.name, json.dumps(rows[-1]["metrics"]["nll_difference"]), rows[-1].get("recovery", ""), flush=True)
-        pairs = [(c.scheme, c.method) for c in CANDIDATES if c.name in wanted and c.scheme and c.method != "rtn"]
-        gains = [study.gain(scheme, method) for scheme, method in pairs]
-    name = f"{args.model.parent.name}-{args.model.name}"
-    command = " ".join(["python", *sys.argv])
-    results = {"model": name, "command": command, "machine": machine(), "rows": rows, "gains": gains}
-    results["num_tokens"] = rows[0]["metrics"]["nll_difference"]["num"]
+        for candidate in wanted:
+            row, found[candidate.name] = study.row(candidate)
+            rows.append(row)
+            print(candidate.name, json.dumps(row["metrics"]["nll_difference"]), row.get("recovery", ""), flush=True)
+            results = about | study.about() | {"rows": rows, "gains": as_dicts(gains(wanted, found))}
+            if args.write:
+                path.write_text(json.dumps(results, indent=1) + "\n")
     print(table(results))
     if args.write:
-        path = RESULTS / f"quantized_accuracy-{name}-{datetime.date.today().isoformat()}.json"
-        path.write_text(json.dumps(results, indent=1) + "\n")
         write_page()
 
 

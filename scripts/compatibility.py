@@ -12,11 +12,10 @@ from __future__ import annotations
 import contextlib
 import io
 import sys
-from pathlib import Path
 
 import pytest
+from pages import ROOT, write_or_check
 
-ROOT = Path(__file__).resolve().parent.parent
 PAGE = ROOT / "docs" / "compatibility.md"
 RESULTS = ("token-equal", "bounded loss", "refused")
 HEAD = """# What runs together
@@ -57,17 +56,5 @@ def page() -> str:
     return HEAD + "".join(f"| {first} | {second} | {result} | `{test}` |\n" for first, second, result, test in sorted(collector.rows))
 
 
-def main() -> int:
-    wanted = page()
-    if sys.argv[1:] == ["--check"]:
-        if not PAGE.exists() or PAGE.read_text(encoding="utf-8") != wanted:
-            print(f"{PAGE.relative_to(ROOT)} is out of date: run python scripts/compatibility.py")
-            return 1
-        return 0
-    PAGE.parent.mkdir(exist_ok=True)
-    PAGE.write_text(wanted, encoding="utf-8")
-    return 0
-
-
 if __name__ == "__main__":
-    sys.exit(main())
+    sys.exit(write_or_check(PAGE, "scripts/compatibility.py", page()))

@@ -8,8 +8,9 @@ from __future__ import annotations
 
 import json
 import sys
-from pathlib import Path
 from typing import Any
+
+from pages import ROOT, with_part, write_or_check
 
 from apportion.serving.protocol.anthropic import CountTokensRequest, MessageRequest
 from apportion.serving.protocol.embeddings import EmbeddingRequest
@@ -17,9 +18,8 @@ from apportion.serving.protocol.openai import ChatCompletionRequest, CompletionR
 from apportion.serving.protocol.responses import ResponseRequest
 from apportion.serving.protocol.shapes import Strict
 
-ROOT = Path(__file__).resolve().parent.parent
 PAGE = ROOT / "docs" / "serving.md"
-BEGIN, END = "<!-- fields: written by scripts/fields.py -->", "<!-- fields: end -->"
+SCRIPT = "scripts/fields.py"
 ENDPOINTS: dict[str, type[Strict]] = {
     "/v1/completions": CompletionRequest,
     "/v1/chat/completions": ChatCompletionRequest,
@@ -78,25 +78,5 @@ def tables() -> str:
     return text
 
 
-def page(now: str) -> str:
-    """`now` with new tables. Exits where the markers are not there."""
-    head, begin, rest = now.partition(BEGIN)
-    _, end, tail = rest.partition(END)
-    if not begin or not end:
-        raise SystemExit(f"{PAGE.relative_to(ROOT)} has lost its markers: {BEGIN} and {END}")
-    return f"{head}{BEGIN}\n\n{tables()}\n{END}{tail}"
-
-
-def main() -> int:
-    now = PAGE.read_text(encoding="utf-8")
-    wanted = page(now)
-    if sys.argv[1:] == ["--check"]:
-        if now != wanted:
-            print(f"{PAGE.relative_to(ROOT)} is out of date: run python scripts/fields.py")
-        return int(now != wanted)
-    PAGE.write_text(wanted, encoding="utf-8")
-    return 0
-
-
 if __name__ == "__main__":
-    sys.exit(main())
+    sys.exit(write_or_check(PAGE, SCRIPT, with_part(PAGE, "fields", SCRIPT, tables())))

@@ -7,9 +7,9 @@ python scripts/formats.py --check  exit with status 1 if they are not up to date
 from __future__ import annotations
 
 import sys
-from pathlib import Path
 
 import torch
+from pages import ROOT, with_part, write_or_check
 
 from apportion.compress.recipe import METHODS, THEIR_PRESETS, Recipe
 from apportion.compress.recipe import PRESETS as OFFLINE
@@ -24,9 +24,8 @@ from apportion.quant.checkpoint import READERS, online
 from apportion.quant.schemes.gguf import TYPES
 from apportion.quant.writing import FAMILIES, tensors_of
 
-ROOT = Path(__file__).resolve().parent.parent
 PAGE = ROOT / "docs" / "quantization.md"
-BEGIN, END = "<!-- formats: written by scripts/formats.py -->", "<!-- formats: end -->"
+SCRIPT = "scripts/formats.py"
 DTYPE = "bfloat16"  # of the model whose schemes the tables spell
 
 
@@ -101,25 +100,5 @@ def tables() -> str:
     return f"{text}\nRead from checkpoints: {', '.join(families)}.\n"
 
 
-def page(now: str) -> str:
-    """`now` with new tables. Exits where the markers are not there."""
-    head, begin, rest = now.partition(BEGIN)
-    _, end, tail = rest.partition(END)
-    if not begin or not end:
-        raise SystemExit(f"{PAGE.relative_to(ROOT)} has lost its markers: {BEGIN} and {END}")
-    return f"{head}{BEGIN}\n\n{tables()}\n{END}{tail}"
-
-
-def main() -> int:
-    now = PAGE.read_text(encoding="utf-8")
-    wanted = page(now)
-    if sys.argv[1:] == ["--check"]:
-        if now != wanted:
-            print(f"{PAGE.relative_to(ROOT)} is out of date: run python scripts/formats.py")
-        return int(now != wanted)
-    PAGE.write_text(wanted, encoding="utf-8")
-    return 0
-
-
 if __name__ == "__main__":
-    sys.exit(main())
+    sys.exit(write_or_check(PAGE, SCRIPT, with_part(PAGE, "formats", SCRIPT, tables())))
