@@ -1,9 +1,10 @@
 """The experiment of vLLM's post on FP8 on a CPU: one memory cap for weights and KV cache, a rising request rate, fewer bits.
 
-    python benchmarks/quantized_serving.py [--cap 640M] [--rates 1,2,4] [--seconds 15] [--write]
+    python benchmarks/quantized_serving.py [--cap 512M] [--rates 0.5,1.5,3] [--seconds 12] [--write]
 
 Every variant serves bench-250m and is asked by `apportion bench serve` (Poisson arrivals, random prompts) at each rate. What its weights
 leave of the cap is its KV cache: fewer bits, more requests at once. Static scales are calibrated on random tokens, for speed alone.
+With --write the figures go to benchmarks/results, and into the table of docs/quantization.md.
 """
 
 from __future__ import annotations
@@ -24,11 +25,12 @@ from apportion.cli.flags import parse_bytes
 from apportion.core.config import ModelConfig
 from apportion.engine.build import read_model
 
-sys.path.insert(0, str(Path(__file__).parent))
-from run_all import RESULTS, machine
-from serving import served
-
 ROOT = Path(__file__).resolve().parents[1]
+sys.path += [str(ROOT / "benchmarks"), str(ROOT / "scripts")]
+from pages import write_part  # noqa: E402
+from run_all import RESULTS, machine  # noqa: E402
+from serving import served  # noqa: E402
+
 MODEL = ROOT / ".cache" / "bench" / "bench-250m"
 STATIC = MODEL.with_name("bench-250m-fp8-static")
 VARIANTS: dict[str, dict[str, Any]] = {  # keywords of a server
@@ -59,20 +61,40 @@ def load(port: int, rate: float, args: argparse.Namespace) -> dict[str, Any]:
     with tempfile.TemporaryDirectory() as folder:
         command = [
             "bench", "serve", "--port", str(port), "--request-rate", str(rate), "--num-prompts", str(max(4, round(rate * args.seconds))),
-            "--input-len", str(args.input_len), "--output-len", str(args.output_len), "--ignore-eos", "--quiet", "-o", folder,
+            "--input-len", str(args.input_len), "--output-len", str(args.output_len), "--num-warmups", "1", "--ignore-eos",
+            "--quiet", "-o", folder,
         ]  # fmt: skip
         subprocess.run(["nice", sys.executable, "-m", "apportion.cli.main", *command], check=True, stdout=subprocess.DEVNULL)
         found = json.loads((Path(folder) / "result.json").read_text())
     return {name: found[name] for name in METRICS}
 
 
+def table(results: dict[str, Any]) -> str:
+    machine, rows = results["machine"], results["rows"]
+    sets = ", ".join(machine["sets"])
+    load = f"prompts of {results['input_len']} tokens, answers of {results['output_len']}, {results['seconds']:g} s of arrivals"
+    lines = [
+        f"{results['cap'] / 2**20:.0f} MiB for weights and KV cache; {load}; {machine['processor']} ({sets}), commit {machine['commit']}.",
+        "",
+        "| | KV cache, MB | requests/s | output, tok/s | TTFT, ms: mean (p99) | ITL, ms: mean (p99) | at once |",
+        "|---|---|---|---|---|---|---|",
+    ]
+    for row in rows:
+        times = (f"{row[f'mean_{name}_ms']:,.0f} ({row[f'p99_{name}_ms']:,.0f})" for name in ("ttft", "itl"))
+        lines.append(
+            f"| {row['variant']} | {row['kv_bytes'] / 1e6:.0f} | {row['rate']:g} | {row['output_throughput']:.0f} | {' | '.join(times)} | "
+            f"{row['max_concurrent_requests']} |"
+        )
+    return "\n".join(lines)
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("--cap", type=parse_bytes, default="640M", help="bytes of weights and KV cache together")
-    parser.add_argument("--rates", default="1,2,4", help="requests a second")
-    parser.add_argument("--seconds", type=float, default=15, help="of arrivals at each rate")
-    parser.add_argument("--input-len", type=int, default=512)
-    parser.add_argument("--output-len", type=int, default=64)
+    parser.add_argument("--cap", type=parse_bytes, default="512M", help="bytes of weights and KV cache together")
+    parser.add_argument("--rates", default="0.5,1.5,3", help="requests a second")
+    parser.add_argument("--seconds", type=float, default=12, help="of arrivals at each rate")
+    parser.add_argument("--input-len", type=int, default=384)
+    parser.add_argument("--output-len", type=int, default=128)
     parser.add_argument("--variants", default=";".join(VARIANTS), help="separated by semicolons")
     parser.add_argument("--threads", type=int, default=2)
     parser.add_argument("--write", action="store_true", help="keep the results in benchmarks/results")
@@ -94,10 +116,13 @@ def main() -> None:
                 rows.append({"variant": name, "rate": rate, "kv_bytes": kv_bytes} | load(server.port, rate, args))
                 figures = " ".join(f"{key} {rows[-1][key]:.4g}" for key in METRICS)
                 print(f"{name:30} {rate:5.1f}/s {kv_bytes / 1e6:.0f} MB KV  {figures}", flush=True)
+    about = {"machine": machine(), "command": " ".join(["python", *sys.argv]), "cap": args.cap, "input_len": args.input_len}
+    results = about | {"output_len": args.output_len, "seconds": args.seconds, "rows": rows}
+    print(table(results))
     if args.write:
-        about = {"machine": machine(), "command": " ".join(["python", *sys.argv]), "cap": args.cap, "rows": rows}
         path = RESULTS / f"quantized_serving-{datetime.date.today().isoformat()}.json"
-        path.write_text(json.dumps(about, indent=1) + "\n")
+        path.write_text(json.dumps(results, indent=1) + "\n")
+        write_part(ROOT / "docs" / "quantization.md", "serving", "benchmarks/quantized_serving.py", table(results))
 
 
 if __name__ == "__main__":

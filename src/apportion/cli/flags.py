@@ -11,6 +11,7 @@ from typing import Any
 
 from apportion.core.config import DTYPES
 from apportion.core.errors import InvalidParameter
+from apportion.core.kv_spec import ALIASES, KV_FORMATS
 
 _UNITS = {"": 1, "k": 2**10, "m": 2**20, "g": 2**30, "t": 2**40}
 
@@ -39,6 +40,7 @@ def add_engine_flags(parser: argparse.ArgumentParser, *, model: bool = True) -> 
         group.add_argument("--tokenizer", metavar="FOLDER_OR_ID", help="where the tokenizer is, if not beside the model")
     group.add_argument("--revision", help="of a hub model: branch, tag or commit")
     group.add_argument("--dtype", choices=["auto", *DTYPES], help="of weights (default: the checkpoint's)")
+    group.add_argument("--quantization", metavar="SCHEME", help="quantize while loading: fp8, fp8_block, int8, w8a16, w4a16, or a scheme")
     group.add_argument("--softmax-table", metavar="FILE", help="of unified maxima, made by `apportion profile --softmax`")
     group.add_argument("--load-format", choices=["auto", "dummy"], help="dummy: random weights of the config's shapes")
     group.add_argument("--device", help="auto or cpu")
@@ -55,15 +57,15 @@ def add_engine_flags(parser: argparse.ArgumentParser, *, model: bool = True) -> 
     group.add_argument(
         "--kv-cache-memory", type=parse_bytes, metavar="BYTES", help="for the KV cache, such as 4GiB (default: from free memory)"
     )
-    group.add_argument("--kv-cache-dtype", choices=["auto", *DTYPES], help="of the KV cache (default: the weights')")
+    group.add_argument("--kv-cache-dtype", choices=["auto", *KV_FORMATS, *ALIASES], help="of the KV cache (default: the weights')")
     group.add_argument("--block-size", type=int, choices=[32, 64, 128], help="tokens of a KV block")
     group.add_argument("--seed", type=int, metavar="N", help="of the engine: draws the seeds of requests that name none")
 
 
 ENGINE_FLAGS = (
-    "revision", "dtype", "softmax_table", "load_format", "device", "kernels", "num_threads", "tensor_parallel_size", "max_model_len",
-    "max_num_seqs", "max_num_batched_tokens", "scheduling_policy", "long_prefill_token_threshold", "enable_chunked_prefill",
-    "enable_prefix_caching", "kv_cache_memory", "kv_cache_dtype", "block_size", "seed",
+    "revision", "dtype", "quantization", "softmax_table", "load_format", "device", "kernels", "num_threads", "tensor_parallel_size",
+    "max_model_len", "max_num_seqs", "max_num_batched_tokens", "scheduling_policy", "long_prefill_token_threshold",
+    "enable_chunked_prefill", "enable_prefix_caching", "kv_cache_memory", "kv_cache_dtype", "block_size", "seed",
 )  # fmt: skip
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import argparse
 import io
 import json
 import os
@@ -13,8 +14,9 @@ import time
 import psutil
 import pytest
 
-from apportion.cli.flags import parse_bytes
+from apportion.cli.flags import add_engine_flags, engine_keywords, parse_bytes
 from apportion.cli.main import VERBS, main
+from apportion.llm import engine_config
 
 SMALL = ["--kv-cache-memory", "32MiB", "--temperature", "0", "--max-tokens", "4"]
 
@@ -131,3 +133,11 @@ def test_ctrl_c_ends_it_without_orphans(extra):
 
 def _lives(process):
     return process.is_running() and process.status() != psutil.STATUS_ZOMBIE
+
+
+def test_number_formats_can_be_asked_for_on_the_line():
+    parser = argparse.ArgumentParser()
+    add_engine_flags(parser)
+    config = engine_config(**engine_keywords(parser.parse_args(["--quantization", "fp8", "--kv-cache-dtype", "fp8"])))
+    assert config.models[0].quantization == "fp8" and config.cache.kv_cache_dtype == "fp8"
+    assert "quantization" not in engine_keywords(parser.parse_args([]))
