@@ -6,6 +6,7 @@ import json
 
 import pytest
 import torch
+from safetensors.torch import load_file
 
 from apportion import quantize
 from apportion.assets import DEFAULT_MODEL
@@ -14,10 +15,11 @@ from apportion.cli.main import main
 from apportion.compress import quantize as stage
 from apportion.compress.methods.gptq import gptq
 from apportion.compress.methods.scaling import clipped, weighted_error
+from apportion.compress.recipe import PRESETS, THEIR_PRESETS
 from apportion.compress.statistics import InputStatistics
 from apportion.core.config import ModelConfig
 from apportion.core.errors import InvalidParameter
-from apportion.core.number_format import NumberFormat
+from apportion.core.number_format import NumberFormat, Scheme
 from apportion.kernels.reference.number_formats import dequantize
 from apportion.kernels.reference.number_formats import quantize as nearest
 from apportion.kernels.reference.ops import ReferenceOps
@@ -141,14 +143,47 @@ def test_what_is_written_loads(tmp_path, scheme, method, form, mixture):
     assert all(rows[name]["bits"] < 14 for name in packers.linears(mixture))
 
 
-@pytest.mark.parametrize("scheme", ["fp8", "int4_g32", "w8a16", "int8_channel_zp"])
+SCHEMES = sorted({spelt.format(tag="_bf16") for spelt in (PRESETS | THEIR_PRESETS).values()})
+
+
+@pytest.mark.parametrize(
+    ("scheme", "family"), [(s, "compressed-tensors") for s in SCHEMES] + [(s, "fp8") for s in SCHEMES if s.startswith("e4m3")]
+)
+def test_files_have_the_bytes_that_were_predicted(tmp_path, scheme, family):
+    """Of every scheme with a name: each projection's tensors, every other tensor, and the headers are all that there is."""
+    source = packers.write(tmp_path / "source", packers.floats())
+    tokens = [[(7 * i + 3 * j) % 101 for j in range(40)] for i in range(4)]
+    report = quantize(str(source), tmp_path / "out", scheme, calibration=tokens, format=family)
+    tensors, headers = {}, 0
+    for path in (tmp_path / "out").glob("*.safetensors"):
+        tensors |= load_file(path)
+        headers += 8 + int.from_bytes(path.read_bytes()[:8], "little")
+    total = headers
+    for entry in report["projections"]:
+        used, shape = Scheme.parse(entry["scheme"]), entry["shape"]
+        own = {name: tensors.pop(name) for name in list(tensors) if name.startswith(f"{entry['name']}.")}
+        beside = 16 * (f"{entry['name']}.weight_shape" in own)  # its two numbers, which no format counts
+        beside += 4 * (used.activation is not None and used.activation.scale == "static")
+        stored = used.weight.stored_bytes(*shape)
+        assert sum(tensor.nbytes for tensor in own.values()) == stored + beside, entry["name"]
+        assert entry["bytes"] == stored
+        total += stored + beside
+    kept = {name: tensor for name, tensor in load_file(source / "model.safetensors").items() if name in tensors}
+    assert kept.keys() == tensors.keys() and all(torch.equal(kept[name], tensors[name]) for name in kept)
+    assert report["file_bytes"] == total + sum(tensor.nbytes for tensor in kept.values())
+
+
+@pytest.mark.parametrize(
+    "scheme", ["fp8", "int4_g32", "w8a16", "int8_channel_zp", "w8a8", "fp8_static", "int4_g32_zp", "int3_g32", "int2_g32_zp", "int6_g32"]
+)
 def test_transformers_reads_the_same_numbers(tmp_path, scheme):
-    """With the package compressed-tensors, equal to 1e-3."""
+    """With the package compressed-tensors, equal to 1e-3. Packed zero points it reads only where it widens weights as they are loaded."""
     transformers = pytest.importorskip("transformers")
     pytest.importorskip("compressed_tensors")
     source = packers.write(tmp_path / "source", packers.floats(), model_type="llama")
-    quantize(str(source), tmp_path / "out", scheme)
-    theirs = transformers.AutoModelForCausalLM.from_pretrained(tmp_path / "out", dtype=torch.float32)
+    quantize(str(source), tmp_path / "out", scheme, calibration=[TOKENS])
+    how = {"quantization_config": transformers.CompressedTensorsConfig(dequantize=True)} if scheme.endswith("g32_zp") else {}
+    theirs = transformers.AutoModelForCausalLM.from_pretrained(tmp_path / "out", dtype=torch.float32, **how)
     with torch.no_grad():
         expected = theirs(torch.tensor([TOKENS])).logits[0]
     found = dense_logits(load(tmp_path / "out").model, TOKENS)

@@ -84,6 +84,18 @@ def test_experts_that_no_token_reached(tmp_path):
     assert dense_logits(loaded.model, TOKENS).isfinite().all()
 
 
+@pytest.mark.parametrize("bits", [2, 3, 4, 8])
+def test_zero_points_at_the_ends_of_their_range(tmp_path, bits):
+    """Version 1 of GPTQ's files stores a zero point less one: 0 wraps round to all ones, and back."""
+    pack = packers.gptq(bits=bits, sym=False)
+    tensors, meant = packers.quantized(lambda name, weight: pack(name, weight.abs() if "q_proj" in name else -weight.abs()))
+    assert (tensors["model.layers.0.self_attn.q_proj.qzeros"] == -1).all()
+    section = CASES["gptq-4-asym"][1] | {"bits": bits}
+    found = loaded_weights(load(packers.write(tmp_path, tensors, section)).model)
+    for name in packers.linears():
+        torch.testing.assert_close(found[name], meant[f"{name}.weight"], rtol=1e-6, atol=1e-6, msg=name)
+
+
 def fnuz(name, weight):
     scale = (weight.abs().max() / 240).float()
     codes = (weight / scale).clamp(-240, 240).to(torch.float8_e4m3fnuz)
