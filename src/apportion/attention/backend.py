@@ -44,8 +44,8 @@ class AttentionBackend(Protocol):
     def generation(self) -> int: ...
 
     @property
-    def recomputed(self) -> int:
-        """Rows whose softmax left the range of a unified maximum, ever. Waits for the device where there is one."""
+    def recomputed(self) -> Any:
+        """Rows whose softmax left the range of a unified maximum, ever: a number, or a tensor of one on the device."""
 
     def unify(self, layer: int, phi_H: Tensor) -> None:
         """kernels/ops.PagedAttention.unify."""

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
+from typing import Any
 
 from torch import Tensor
 
@@ -29,8 +30,8 @@ class PagedBackend:
         return self._kernel.generation
 
     @property
-    def recomputed(self) -> int:
-        return int(self._kernel.recomputed) if self._unified else 0
+    def recomputed(self) -> Any:
+        return self._kernel.recomputed if self._unified else 0
 
     def unify(self, layer: int, phi_H: Tensor) -> None:
         self._kernel.unify(self._offsets[layer], phi_H)

@@ -97,7 +97,7 @@ class LaneConfig:
     """One executor and the work it takes. phases: any of 'prefill', 'decode'. models: names, empty for all.
 
     executor: 'uniproc' (in this process), 'multiproc' (worker processes), or 'ray'. num_threads: its compute share on a CPU.
-    depth: tickets in flight.
+    depth: tickets in flight; None: as many as keep the device busy, two on a GPU, else one.
     """
 
     name: str = "main"
@@ -105,7 +105,7 @@ class LaneConfig:
     models: tuple[str, ...] = ()
     executor: str = "uniproc"
     num_threads: int | None = None
-    depth: int = 1
+    depth: int | None = None
 
     def __post_init__(self) -> None:
         _positive("depth", self.depth)

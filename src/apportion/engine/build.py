@@ -52,7 +52,7 @@ def plan_engine(config: EngineConfig) -> Blueprint:
             )
         models.append(replace(model, max_model_len=need.max_model_len))
     shares = deal_threads(config, platform)
-    lanes = tuple(replace(lane, num_threads=shares[lane.name].num_threads) for lane in config.lanes)
+    lanes = tuple(replace(lane, num_threads=shares[lane.name].num_threads, depth=lane.depth or platform.depth) for lane in config.lanes)
     return Blueprint(replace(config, models=tuple(models), lanes=lanes), {model.name: spec for model, spec in found}, memory)
 
 

@@ -52,9 +52,7 @@ class ForwardPass:
         """Hidden states [T, M], valid until the next step."""
         num_tokens = len(inputs.token_ids_T)
         if self.obstacle or num_tokens > MAX_RECORDED_TOKENS:
-            device = self._ops.device
-            context = ForwardContext(inputs.positions_T.to(device), self._plan(inputs))
-            return self._model.forward(inputs.token_ids_T.to(device), context)
+            return self._model.forward(inputs.token_ids_T, ForwardContext(inputs.positions_T, self._plan(inputs)))
         found = self._recorded.get(num_tokens)
         if found is None or found.version != self._model.site.activations.version:
             return self._record(inputs)

@@ -19,7 +19,9 @@ from apportion.core.schedule import CachedRequest, NewRequest, SchedulerOutput
 from apportion.engine.sampler import LogitRules, has_rules
 from apportion.kernels.ops import SamplingRows
 
-COUNTS = {"num_tokens": np.int32, "num_prompt_tokens": np.int32, "num_computed_tokens": np.int32, "has_extras": np.bool_}
+# num_values: tokens whose values are known here. admission: which request of those that ever took the row
+COUNTS = {"num_tokens": np.int32, "num_prompt_tokens": np.int32, "num_computed_tokens": np.int32, "num_values": np.int32}
+COUNTS |= {"admission": np.int64, "has_extras": np.bool_}
 SAMPLING = {"temperature": np.float32, "top_k": np.int32, "top_p": np.float32, "min_p": np.float32, "seed": np.int64}
 
 
@@ -28,7 +30,8 @@ class StepInputs:
     """One step: R requests, T tokens. Tensors are int32.
 
     rows [R]: where the batch keeps each request. sampled [S]: which of the R requests get a token, as their last known one is computed
-    in this step. logit_rows [S]: the row of T that gives it.
+    in this step. logit_rows [S]: the row of T that gives it. admissions [R]: a number for each request that ever took a row. fed: which
+    of the R requests end in a token that an earlier step has yet to give.
     """
 
     request_ids: list[str]
@@ -40,12 +43,15 @@ class StepInputs:
     token_ids_T: Tensor
     positions_T: Tensor
     block_tables: tuple[Tensor, ...]
+    admissions: np.ndarray
+    fed: np.ndarray
 
 
 class InputBatch:
     def __init__(self, num_groups: int, vocab: int) -> None:
         self._vocab = vocab
         self._row_of: dict[str, int] = {}
+        self._num_admissions = 0
         self._free: list[int] = []
         self._arrays = {name: np.zeros(0, dtype) for name, dtype in (COUNTS | SAMPLING).items()}
         self._tokens = np.zeros((0, 256), np.int32)
@@ -86,7 +92,9 @@ class InputBatch:
         params, arrays = new.sampling_params, self._arrays
         if params.seed is None and not params.is_greedy:
             raise InternalError(f"request {new.request_id!r} samples at temperature {params.temperature:g} without a seed")
-        values = (len(new.token_ids), new.num_prompt_tokens, new.num_computed_tokens, False)
+        self._num_admissions += 1
+        num_tokens = len(new.token_ids)
+        values = (num_tokens, new.num_prompt_tokens, new.num_computed_tokens, num_tokens, self._num_admissions, False)
         values += (params.temperature, params.top_k, params.top_p, params.min_p, params.seed or 0)
         for array, value in zip(arrays.values(), values, strict=True):
             array[row] = value
@@ -113,7 +121,8 @@ class InputBatch:
             start = int(self._arrays["num_tokens"][row])
             self._ensure_length(start + len(known.new_token_ids))
             self._tokens[row, start : start + len(known.new_token_ids)] = known.new_token_ids
-            self._arrays["num_tokens"][row] += len(known.new_token_ids)
+            for count in ("num_tokens", "num_values"):
+                self._arrays[count][row] += len(known.new_token_ids)
             if row in self.rules:
                 for token in known.new_token_ids:
                     self.rules[row].append(token)
@@ -150,7 +159,7 @@ class InputBatch:
         arrays["num_computed_tokens"][rows] = seq_lens
         query_start_loc = np.zeros(len(rows) + 1, np.int32)
         np.cumsum(counts, out=query_start_loc[1:])
-        self._ensure_length(int(seq_lens.max()))
+        self._ensure_length(int(seq_lens.max()) + 1)
         if query_start_loc[-1] == len(rows):
             positions, token_ids = computed, self._tokens[rows, computed]
         else:
@@ -160,6 +169,7 @@ class InputBatch:
         if self.pooling_types:
             samples &= np.fromiter((request_id not in self.pooling_types for request_id in num_scheduled), np.bool_, len(rows))
         sampled = np.flatnonzero(samples)
+        arrays["num_tokens"][rows[sampled]] = seq_lens[sampled] + 1  # a next step may be built before `append` tells which
         widths = self._num_blocks[:, rows].max(axis=1, initial=1)
         return StepInputs(
             request_ids=list(num_scheduled),
@@ -171,6 +181,8 @@ class InputBatch:
             token_ids_T=torch.from_numpy(token_ids),
             positions_T=torch.from_numpy(positions),
             block_tables=tuple(torch.from_numpy(t[:, :w].take(rows, axis=0)) for t, w in zip(self._tables, widths, strict=True)),
+            admissions=arrays["admission"][rows],
+            fed=np.flatnonzero(seq_lens > arrays["num_values"][rows]),
         )
 
     def sampling_rows(self, step: StepInputs) -> SamplingRows:
@@ -206,12 +218,16 @@ class InputBatch:
                 found.append((request_id, slice(stop - 1, stop)))
         return found
 
-    def append(self, step: StepInputs, indices: np.ndarray, token_ids: np.ndarray) -> None:
-        """Requests `indices` [S] of the step sampled token_ids [S]: the next step of this worker reads them from here."""
-        rows, ends = step.rows[indices], step.seq_lens[indices]
-        self._ensure_length(int(ends.max(initial=0)) + 1)
+    @property
+    def num_rows(self) -> int:
+        return len(self._tokens)
+
+    def append(self, step: StepInputs, token_ids: np.ndarray) -> None:
+        """The step sampled token_ids [S]; steps come in order. Requests that have left their row meanwhile are passed over."""
+        here = self._arrays["admission"][step.rows[step.sampled]] == step.admissions[step.sampled]
+        rows, ends, token_ids = step.rows[step.sampled][here], step.seq_lens[step.sampled][here], token_ids[here]
         self._tokens[rows, ends] = token_ids
-        self._arrays["num_tokens"][rows] = ends + 1
+        self._arrays["num_values"][rows] = ends + 1
         if self.rules:
             for row, token in zip(rows.tolist(), token_ids.tolist(), strict=True):
                 if row in self.rules:

@@ -42,7 +42,7 @@ class Lane:
 
     @property
     def has_room(self) -> bool:
-        return len(self.tickets) < self.config.depth
+        return len(self.tickets) < (self.config.depth or 1)
 
     def submit(self, scheduler: Scheduler, step: Step) -> None:
         self.tickets[-1] = (scheduler, step)  # in flight even if `submit` raises: nobody knows what the executor did with it

@@ -6,8 +6,9 @@ token) alone, so a token does not depend on who else is in the batch, on the lan
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
+from functools import cached_property
 
 import numpy as np
 import torch
@@ -17,6 +18,7 @@ from apportion.core.errors import InvalidParameter
 from apportion.core.sampling_params import SamplingParams
 from apportion.core.schedule import TokenLogprobs
 from apportion.kernels.ops import Ops, SamplingRows
+from apportion.platforms.platform import Fetched
 
 NOT_FINITE = "the model gave NaN or infinite logits at position {position}; the request was stopped"
 NOTHING_ALLOWED = "no token is left to sample at position {position}: allowed_token_ids, bad_words, min_tokens and the grammar exclude all"
@@ -108,20 +110,38 @@ def _ids(name: str, ids: Sequence[int], vocab: int) -> Tensor:
     return torch.tensor(list(ids), dtype=torch.int64)
 
 
-@dataclass(slots=True)
+@dataclass(eq=False)
 class SamplerOutput:
-    """token_ids int32 [S]. logprobs and errors by row; the token of a row with an error means nothing."""
+    """tokens_S: int32 on the device, below 0 where a row has none; fetched: the same for the host. logprobs and errors by row.
 
-    token_ids: np.ndarray
+    position_S: of the tokens. highest_S: the largest logit of each row, where rules or masks may have left none.
+    """
+
+    tokens_S: Tensor
+    fetched: Fetched
+    position_S: Tensor
+    highest_S: Tensor | None
     logprobs: dict[int, TokenLogprobs] = field(default_factory=dict)
-    errors: dict[int, str] = field(default_factory=dict)
+
+    @cached_property
+    def token_ids(self) -> np.ndarray:
+        """int32 [S], 0 for a row with an error. Waits for the device, as `errors` does."""
+        return self.fetched.result().numpy().clip(min=0)
+
+    @cached_property
+    def errors(self) -> dict[int, str]:
+        found = {}
+        for row in np.flatnonzero(self.fetched.result().numpy() < 0).tolist():
+            excluded = self.highest_S is not None and float(self.highest_S[row]) == -torch.inf
+            found[row] = (NOTHING_ALLOWED if excluded else NOT_FINITE).format(position=int(self.position_S[row]))
+        return found
 
 
 class Sampler:
     """Samples a batch. One operator call when no row asks for more than temperature, top_k, top_p and min_p."""
 
-    def __init__(self, ops: Ops) -> None:
-        self._ops = ops
+    def __init__(self, ops: Ops, fetch: Callable[[Tensor], Fetched] = Fetched) -> None:
+        self._ops, self._fetch = ops, fetch
 
     def __call__(
         self,
@@ -144,13 +164,11 @@ class Sampler:
             device = logits_SV.device
             masked = torch.tensor(list(grammar_masks), dtype=torch.int32, device=device)
             self._ops.apply_bitmask(logits_SV, masked, torch.from_numpy(masks).to(device))
-        output = SamplerOutput(self._ops.sample(logits_SV, rows).cpu().numpy())
-        for row in np.flatnonzero(output.token_ids < 0).tolist():
-            sentence = NOTHING_ALLOWED if float(logits_SV[row].max()) == -torch.inf else NOT_FINITE
-            output.errors[row] = sentence.format(position=int(rows.position[row]))
-            output.token_ids[row] = 0  # a step in flight may read it
+        tokens_S = self._ops.sample(logits_SV, rows)
+        highest_S = logits_SV.amax(dim=1) if rules or grammar_masks else None
+        output = SamplerOutput(tokens_S, self._fetch(tokens_S), rows.position, highest_S)
         if wanted:
-            tokens = torch.from_numpy(output.token_ids[wanted])
+            tokens = tokens_S[wanted].clamp(min=0)
             output.logprobs = dict(zip(wanted, self.logprobs(raw_WV, tokens, [num_logprobs[row] for row in wanted]), strict=True))
         return output
 

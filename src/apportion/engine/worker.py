@@ -9,7 +9,9 @@ import os
 import socket
 import sys
 import threading
+import time
 import traceback
+from collections import deque
 from collections.abc import Callable
 from dataclasses import dataclass
 from functools import partial
@@ -23,20 +25,21 @@ from apportion.core.errors import InternalError
 from apportion.core.kv_spec import KVGroupSpec
 from apportion.core.model_hash import model_hash
 from apportion.core.model_spec import ModelSpec
-from apportion.core.schedule import ModelRunnerOutput, SchedulerOutput
+from apportion.core.schedule import SchedulerOutput
 from apportion.core.softmax_table import SoftmaxTable
-from apportion.engine.executor.channel import Channel
 from apportion.engine.executor.worker_client import refusable
-from apportion.engine.model_runner import ModelRunner
+from apportion.engine.model_runner import Launched, ModelRunner
 from apportion.kernels.dispatch import select_ops
 from apportion.kvcache.storage import KVStorage
 from apportion.layers.attention import bind_paged_attention, unify_softmax
 from apportion.models.loader import Progress, attach_model, load_model
 from apportion.parallel.groups import connect
 from apportion.platforms.arena import Arena
+from apportion.platforms.channel import Channel
 from apportion.platforms.platform import ComputeShare, select_platform
 
 REPORT_FRAMES = 4
+POLL_S = 0.00005  # how often a device is asked whether it has made a step, with nothing to queue meanwhile
 
 
 @dataclass(frozen=True, slots=True)
@@ -83,23 +86,25 @@ class Worker:
             table = SoftmaxTable.read(Path(config.softmax_table))
             table.check(model_hash(Path(config.model)), spec.num_layers, spec.num_heads)
             unify_softmax(backends, kv_groups, loaded.model.site, table)
-        self.runners[config.name] = ModelRunner(loaded.model, backends, self.ops, self.platform.capture)
+        self.runners[config.name] = ModelRunner(loaded.model, backends, self.ops, self.platform)
         return loaded.arena, loaded.manifest
 
     def unload_model(self, name: str) -> bool:
         """True if it was loaded."""
         return self.runners.pop(name, None) is not None
 
-    def execute(self, step: SchedulerOutput) -> ModelRunnerOutput:
+    def launch(self, step: SchedulerOutput) -> Launched:
         runner = self.runners.get(step.model)
         if runner is None:
             raise InternalError(f"a step of model {step.model!r} reached a worker that has {', '.join(self.runners) or 'none'}")
         self.storage.run(step.kv_ops)
-        return runner.execute(step)
+        return runner.launch(step)
 
 
-def serve(config: WorkerConfig, kv_arena: Arena, receive: Callable[[], Any], reply: Callable[[str, Any], None]) -> None:
-    """Make a worker and answer messages until one is None.
+def serve(
+    config: WorkerConfig, kv_arena: Arena, receive: Callable[[], Any], reply: Callable[[str, Any], None], waiting: Callable[[], bool]
+) -> None:
+    """Make a worker and answer messages until one is None. waiting: whether `receive` has one: it is queued before a step is waited for.
 
     'failed': the worker cannot be made, as the error says. 'died': whatever else ends it.
     """
@@ -109,11 +114,19 @@ def serve(config: WorkerConfig, kv_arena: Arena, receive: Callable[[], Any], rep
         reply(*("failed", error) if refusable(error) else ("died", report(error)))
         return
     try:
-        while (message := receive()) is not None:
-            if message[0] == "step":
-                output = worker.execute(message[1])
+        launched: deque[Launched] = deque()
+        while True:
+            while launched and (launched[0].is_ready or not waiting()):
+                if not launched[0].is_ready:
+                    time.sleep(POLL_S)
+                    continue
+                output = launched.popleft().result()
                 if config.rank == 0:
                     reply("output", output)
+            if (message := receive()) is None:
+                return
+            if message[0] == "step":
+                launched.append(worker.launch(message[1]))
                 continue
             _, method, arguments = message
             try:
@@ -138,7 +151,7 @@ def main(socket_fd: int, lifeline_fd: int) -> None:
     channel = Channel(socket.socket(fileno=socket_fd))
     try:
         config, kv_arena = channel.receive()
-        serve(config, kv_arena, channel.receive, lambda kind, value: channel.send((kind, value)))
+        serve(config, kv_arena, channel.receive, lambda kind, value: channel.send((kind, value)), channel.has_message)
     except EOFError:
         pass  # the parent is gone
 

@@ -13,7 +13,7 @@ import torch
 
 from apportion.platforms import memory
 from apportion.platforms.arena import Arena
-from apportion.platforms.platform import ComputeShare, deal
+from apportion.platforms.platform import ComputeShare, Fetched, deal
 
 _TOPOLOGY = Path("/sys/devices/system/cpu")
 
@@ -44,6 +44,7 @@ class CpuPlatform:
     name = "cpu"
     device = torch.device("cpu")
     capture = None
+    depth = 1  # steps take every core: a second one in flight would only wait
 
     @cached_property
     def cores(self) -> tuple[int, ...]:
@@ -71,6 +72,12 @@ class CpuPlatform:
         one_each = tuple({_physical_core(core): core for core in reversed(self.cores)}.values())[::-1]
         total = sum(num_threads)
         return deal(one_each if total <= len(one_each) else self.cores, num_threads, pinned=total >= len(one_each))
+
+    def upload(self, tensor: torch.Tensor) -> torch.Tensor:
+        return tensor
+
+    def fetch(self, tensor: torch.Tensor) -> Fetched:
+        return Fetched(tensor)
 
     def enter(self, share: ComputeShare) -> None:
         if share.pinned:

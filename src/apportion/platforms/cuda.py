@@ -10,7 +10,7 @@ from torch import Tensor
 
 from apportion.core.errors import InvalidParameter, OutOfMemory, Unsupported
 from apportion.platforms.cpu import CpuPlatform
-from apportion.platforms.platform import Captured, ComputeShare
+from apportion.platforms.platform import Captured, ComputeShare, Fetched
 
 OLDEST = (8, 0)  # compute capability: the first with bfloat16 in its matrix units
 GIB = 2**30
@@ -60,6 +60,7 @@ class CudaPlatform:
         if obstacle:
             raise Unsupported(f"device {name}: {obstacle}; take device=cpu")
         self.name = name
+        self.depth = 2  # one runs while the next is made ready and queued
         self.device = torch.device("cuda", torch.cuda.current_device())
         self._host = CpuPlatform()
         self._pool: Any = None
@@ -83,6 +84,17 @@ class CudaPlatform:
     def compute_shares(self, num_threads: Sequence[int]) -> tuple[ComputeShare, ...]:
         """Of the host's threads, not pinned: they queue work and wait."""
         return tuple(ComputeShare(share.cores, pinned=False) for share in self._host.compute_shares(num_threads))
+
+    def upload(self, tensor: Tensor) -> Tensor:
+        """From page-locked memory, which the allocator does not hand out again before the copy is done."""
+        return tensor.pin_memory().to(self.device, non_blocking=True)
+
+    def fetch(self, tensor: Tensor) -> Fetched:
+        host = torch.empty(tensor.shape, dtype=tensor.dtype, pin_memory=True)
+        host.copy_(tensor, non_blocking=True)
+        event = torch.cuda.Event()
+        event.record()
+        return Fetched(host, event)
 
     def enter(self, share: ComputeShare) -> None:
         torch.cuda.set_device(self.device)

@@ -7,7 +7,7 @@ from collections.abc import Sequence
 import torch
 
 from apportion.platforms.arena import Arena
-from apportion.platforms.platform import ComputeShare, deal
+from apportion.platforms.platform import ComputeShare, Fetched, deal
 
 
 class NullPlatform:
@@ -16,6 +16,7 @@ class NullPlatform:
     name = "null"
     device = torch.device("cpu")
     capture = None
+    depth = 1
 
     def __init__(self, memory: int = 1 << 30, num_cores: int = 2) -> None:
         self._memory = memory
@@ -32,6 +33,12 @@ class NullPlatform:
 
     def compute_shares(self, num_threads: Sequence[int]) -> tuple[ComputeShare, ...]:
         return deal(range(self.num_cores), num_threads)
+
+    def upload(self, tensor: torch.Tensor) -> torch.Tensor:
+        return tensor
+
+    def fetch(self, tensor: torch.Tensor) -> Fetched:
+        return Fetched(tensor)
 
     def enter(self, share: ComputeShare) -> None:
         """There is nowhere to go."""

@@ -9,6 +9,7 @@ from importlib.util import find_spec
 from typing import Any, Protocol
 
 import torch
+from torch import Tensor
 
 from apportion.core.errors import InvalidParameter, Unsupported
 from apportion.platforms.arena import Arena
@@ -24,6 +25,24 @@ class Captured:
 
     replay: Callable[[], None]
     outputs: Any
+
+
+@dataclass(frozen=True, slots=True)
+class Fetched:
+    """A tensor on its way to the host. event: recorded behind the copy; None: it has arrived."""
+
+    tensor: Tensor
+    event: Any = None
+
+    @property
+    def is_ready(self) -> bool:
+        return self.event is None or self.event.query()
+
+    def result(self) -> Tensor:
+        """Waits for it."""
+        if self.event is not None:
+            self.event.synchronize()
+        return self.tensor
 
 
 @dataclass(frozen=True, slots=True)
@@ -48,6 +67,7 @@ class Platform(Protocol):
     name: str
     device: torch.device  # where tensors lie
     capture: Callable[[Callable[[], Any]], Captured] | None  # a graph of what a function queues; None: no such thing here
+    depth: int  # steps in flight that keep it busy
 
     @property
     def num_cores(self) -> int:
@@ -64,6 +84,12 @@ class Platform(Protocol):
 
     def compute_shares(self, num_threads: Sequence[int]) -> tuple[ComputeShare, ...]:
         """Disjoint shares of these sizes. Errors: InvalidParameter where they exceed the cores at hand."""
+
+    def upload(self, tensor: Tensor) -> Tensor:
+        """A host tensor on the device, behind what is queued there. Waits for nothing."""
+
+    def fetch(self, tensor: Tensor) -> Fetched:
+        """A device tensor to the host, behind what is queued. Waits for nothing."""
 
     def enter(self, share: ComputeShare) -> None:
         """Keep the calling thread, and the threads that it starts from now on, inside `share`."""

@@ -105,7 +105,8 @@ def test_a_graph_is_made_again_when_metadata_moves():
     def step(num_requests, num_tokens=None):
         tokens = torch.arange(num_tokens or num_requests, dtype=torch.int32)
         lens, starts = np.ones(num_requests, np.int32), np.arange(num_requests + 1, dtype=np.int32)
-        return StepInputs([], np.arange(num_requests), lens, lens, lens, starts, tokens, tokens, (torch.zeros(num_requests, 3).int(),))
+        tables, rows = (torch.zeros(num_requests, 3).int(),), np.arange(num_requests)
+        return StepInputs([], rows, lens, lens, lens, starts, tokens, tokens, tables, rows, rows[:0])
 
     assert graphs.run(step(3, 7)) is None, "prefill has no graph"
     assert graphs.run(step(300)) is None, "nor has a batch beyond the largest size"

@@ -20,10 +20,10 @@ from dataclasses import replace
 from queue import SimpleQueue
 from typing import Any
 
-from apportion.engine.executor.channel import Channel
 from apportion.engine.executor.worker_client import Reply, WorkerClient
 from apportion.engine.worker import WorkerConfig
 from apportion.platforms.arena import Arena
+from apportion.platforms.channel import Channel
 
 STOP_TIMEOUT_S = 5.0
 REAP_TIMEOUT_S = 0.5

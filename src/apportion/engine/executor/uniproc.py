@@ -32,7 +32,7 @@ class ThreadLink:
         def reply(kind: str, value: Any) -> None:
             replies.put((0, kind, value))
 
-        arguments = (config, kv_arena, self._inbox.get, reply)
+        arguments = (config, kv_arena, self._inbox.get, reply, lambda: not self._inbox.empty())
         thread = threading.Thread(target=serve, args=arguments, name=f"worker-{config.name}", daemon=True)
         thread.start()
         self.close = weakref.finalize(self, _stop, self._inbox, thread)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import io
 import pickle
+import select
 import socket
 import struct
 from typing import Any
@@ -37,6 +38,10 @@ class Channel:
         payload = self._read(size)
         fds = socket.recv_fds(self._socket, 1, num_fds)[1] if num_fds else []
         return _ArenaUnpickler(io.BytesIO(payload), fds).load()
+
+    def has_message(self) -> bool:
+        """Whether `receive` has something to begin with, or the other end is gone."""
+        return bool(select.select([self._socket], [], [], 0)[0])
 
     def close(self) -> None:
         self._socket.close()
