@@ -10,10 +10,12 @@ import pytest
 import torch
 
 from apportion import LLM, SamplingParams
+from apportion.core.config import LaneConfig
 from apportion.engine.decode_graphs import DecodeGraphs
 from apportion.engine.input_batch import StepInputs
 from apportion.platforms.cpu import CpuPlatform
 from apportion.platforms.platform import Captured
+from tests.unit.engine.test_steps_in_flight import Slow
 
 interpreted = pytest.mark.skipif(not find_spec("triton") or torch.cuda.is_available(), reason="needs Triton and its interpreter")
 PROMPTS = [[5, 9, 12, 7, 3], [40, 41], [17] * 9]
@@ -81,6 +83,9 @@ def test_the_engine_over_triton_and_graphs_gives_the_reference_tokens(folder, mo
     monkeypatch.setattr(CpuPlatform, "capture", recorder)
     assert tokens_of(folder, "triton") == expected
     assert recorder.captured == 1 and recorder.replays == 4
+    slow = Slow()
+    monkeypatch.setattr(CpuPlatform, "fetch", lambda self, tensor: slow.fetch(self, tensor))
+    assert tokens_of(folder, "triton", lanes=(LaneConfig(depth=2),)) == expected, "each step fed by the one in flight before it"
 
 
 def test_a_graph_is_made_again_when_metadata_moves():

@@ -117,7 +117,7 @@ def test_a_refused_model_leaves_the_worker_usable_and_a_defect_ends_it(bundled_m
         with pytest.raises(ExecutorDied, match="InternalError: a step of model 'nobody'") as death:
             while True:
                 executor.poll(5.0)
-        assert "worker.py" in death.value.cause and "in execute" in death.value.cause
+        assert "worker.py" in death.value.cause and "in launch" in death.value.cause
         assert not executor.is_alive
 
 
