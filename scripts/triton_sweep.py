@@ -16,7 +16,7 @@ from typing import Any
 
 ROOT = Path(__file__).resolve().parent.parent
 FORMAT = "apportion triton sweep 1"
-COLUMNS = ("workload", "kernel", "target", "registers", "spills", "shared_bytes", "num_warps", "matrix")
+COLUMNS = ("workload", "kernel", "target", "registers", "spills", "shared_bytes", "num_warps", "matrix", "operands")
 
 
 def main(arguments: Sequence[str] | None = None) -> int:

@@ -165,7 +165,8 @@ def test_linear(make_ops, capability, scheme, n, c, bias, thin):
         added = torch.linspace(-1, 1, n) if bias else torch.zeros(n)
         y = op(given)
         assert y.shape == (rows, n) and y.dtype == torch.float32
-        assert ((y - added - expected).abs() <= 6e-7 * max(4, c**0.5) * (magnitude + 1)).all(), f"T={rows}"
+        slack = 6e-7 * max(4, c**0.5) + (capability.float8_error if "@e4m3" in scheme else 0)
+        assert ((y - added - expected).abs() <= slack * (magnitude + 1)).all(), f"T={rows}"
 
 
 LONG = [
@@ -255,7 +256,7 @@ def test_eight_bit_products_are_exact(make_ops):
     assert torch.equal(op(x), sums.float() * scale * q.scale.T)
 
 
-def test_float8_emulation_is_the_dequantized_oracle(make_ops):
+def test_float8_emulation_is_the_dequantized_oracle(make_ops, capability):
     """With power-of-two scales both roads round alike: codes times codes, scaled, and dequantized numbers multiplied."""
     ops = make_ops("linear")
     op = ops.linear(LinearSpec(96, 160, "e4m3_channel@e4m3_static"))
@@ -269,7 +270,9 @@ def test_float8_emulation_is_the_dequantized_oracle(make_ops):
     dense.bind(buffer(dense.nbytes))
     dense.load_rows(dequantize(q), 0)
     x = torch.randn(7, 160)
-    assert torch.equal(op(x), dense(to_float8(x * 64, "e4m3").float() / 64))
+    rounded_x = to_float8(x * 64, "e4m3").float() / 64
+    magnitude = rounded_x.abs() @ dequantize(q).abs().T
+    assert ((op(x) - dense(rounded_x)).abs() <= capability.float8_error * magnitude).all()
 
 
 MIXED = (

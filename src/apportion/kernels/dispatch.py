@@ -34,6 +34,7 @@ class Capability:
     rounds_activations: the elements of weights under which a linear rounds its input to bfloat16 (float16 weights: to float16), unless the
     scheme says to what; attention rounds queries and probabilities likewise over caches of these formats. quantized: linears and experts
     take schemes with scales too (core/number_format).
+    float8_error: of a product of float8 by float8, over the sum of its terms' magnitudes, beyond that of float32 sums.
     batch_invariant: the promise at the top of kernels/ops. limits: what else a caller should know, in words.
     """
 
@@ -45,6 +46,7 @@ class Capability:
     batch_invariant: bool = False
     rounds_activations: tuple[str, ...] = ()
     quantized: bool = True
+    float8_error: float = 0.0
     limits: tuple[str, ...] = ()
 
 

@@ -46,6 +46,17 @@ class QuantizedWeight:
     input_scale: Tensor | None = None
 
 
+@dataclass(slots=True)
+class RoundedRows:
+    """An input of a linear as its scheme rounds it: codes [T, C] in a dtype that the implementation chooses, scales float32 [T, G].
+
+    Without scales: rows that are not rounded.
+    """
+
+    codes: Tensor
+    scales: Tensor | None
+
+
 @dataclass(frozen=True, slots=True)
 class LinearSpec:
     """y[T, N] = x[T, C] @ w[N, C]^T + bias[N]. scheme: how w is stored and what x is rounded to (core/number_format); a dtype is one.

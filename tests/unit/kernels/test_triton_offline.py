@@ -14,7 +14,7 @@ pytestmark = pytest.mark.skipif(not find_spec("triton"), reason="triton is not i
 KERNELS = {
     "rms_norm_kernel", "silu_mul_kernel", "rotate_kernel", "route_kernel", "sample_kernel", "bitmask_kernel", "flat_kernel",
     "add_splits_kernel", "align_kernel", "gate_up_kernel", "down_kernel", "weigh_kernel", "paged_kernel", "combine_kernel",
-    "unified_combine_kernel", "latent_kernel", "write_kernel", "write_latent_kernel", "coded_kernel", "round_input_kernel",
+    "unified_combine_kernel", "latent_kernel", "write_kernel", "write_latent_kernel", "coded_kernel", "round_kernel",
     "grouped_kernel",
 }  # fmt: skip
 PRODUCTS = {
@@ -36,7 +36,14 @@ SPILLS = {
     ("prefill", "gfx942"): 32,
     ("prefill-fp8_e4m3", "gfx942"): 80,
 }
-WGMMA = {"flat_kernel", "gate_up_kernel", "down_kernel"}  # weights stand on the side that is 64 wide
+OPERANDS = {  # 8-bit numbers that the matrix units take as they stand
+    "linear-16-e4m3_channel@e4m3_token": {"sm_80": "bf16", "sm_89": "e4m3", "sm_90": "e4m3", "gfx942": "bf16"},
+    "linear-16-e4m3_b128x128@e4m3_g128": {"sm_80": "bf16", "sm_89": "e4m3", "sm_90": "e4m3", "gfx942": "bf16"},
+    "linear-16-e4m3fnuz_channel@e4m3fnuz_token": {"sm_80": "bf16", "sm_89": "bf16", "sm_90": "bf16", "gfx942": "fp8_fp8"},
+    "linear-16-int8_channel@int8_token": {"sm_80": "s8", "sm_89": "s8", "sm_90": "s8", "gfx942": "i8"},
+    "linear-16-int4_g128@int8_token": {"sm_80": "s8", "sm_89": "s8", "sm_90": "s8", "gfx942": "i8"},
+}
+WGMMA = {"flat_kernel", "coded_kernel", "gate_up_kernel", "down_kernel", "grouped_kernel"}  # weights stand on the side that is 64 wide
 
 
 @pytest.mark.parametrize("target", ["sm_80", "sm_89", "sm_90", "gfx942"])
@@ -52,6 +59,8 @@ def test_every_kernel_compiles(target):
         compiled = json.loads(line)
         found[compiled["kernel"]].append(compiled)
         assert compiled["target"] == target
+        if compiled["kernel"] == "coded_kernel" and compiled["workload"] in OPERANDS:
+            assert compiled["operands"] == OPERANDS[compiled["workload"]][target], compiled
         assert compiled["shared_bytes"] <= SHARED_LIMIT[target], compiled
         assert compiled["registers"] <= (512 if target == "gfx942" else 255), compiled
         assert compiled["spills"] <= SPILLS.get((compiled["workload"], target), 0), compiled

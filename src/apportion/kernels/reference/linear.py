@@ -102,7 +102,7 @@ class DequantizedLinear:
         if row % step:
             raise InternalError(f"rows of {fmt.name} must start at a multiple of {step}, not at {row}")
         n = len(weight.codes)
-        self._stored["codes"][row : row + n] = pack(weight.codes, fmt.bits)
+        self._stored["codes"][row : row + n] = self.pack(weight.codes)
         first = row // step
         self._stored["scale"][first : first + len(weight.scale)] = weight.scale
         for name, value in (("zero", weight.zero), ("order", weight.order), ("input_scale", weight.input_scale)):
@@ -114,6 +114,13 @@ class DequantizedLinear:
             self._stored["order"].copy_(weight.order)
         if weight.input_scale is not None:
             self._stored["input_scale"].copy_(weight.input_scale)
+
+    def pack(self, codes: Tensor) -> Tensor:
+        """uint8 [n, C] -> words [n, W] as they are stored."""
+        return pack(codes, self.scheme.weight.bits)
+
+    def unpack(self, words: Tensor) -> Tensor:
+        return unpack(words, self.scheme.weight.bits, self.spec.in_features)
 
     def load_bias(self, bias: Tensor, row: int) -> None:
         self._stored["bias"][row : row + bias.shape[0]].copy_(bias)
@@ -139,7 +146,7 @@ class DequantizedLinear:
         wanted, fmt = ids.long(), self.scheme.weight
         step = fmt.block[0] or self.spec.out_features
         if step == 1:
-            codes = unpack(self._stored["codes"].index_select(0, wanted), fmt.bits, self.spec.in_features)
+            codes = self.unpack(self._stored["codes"].index_select(0, wanted))
             zero = self._stored["zero"].index_select(0, wanted) if fmt.zero != "none" else None
             scale = self._stored["scale"].index_select(0, wanted).float()
             zero = zero.float() if zero is not None and fmt.zero == "min" else zero
@@ -160,7 +167,7 @@ class DequantizedLinear:
         zero = self._stored["zero"][scales] if fmt.zero != "none" else None
         if fmt.zero == "min" and zero is not None:
             zero = zero.float()
-        codes = unpack(self._stored["codes"][rows], fmt.bits, self.spec.in_features)
+        codes = self.unpack(self._stored["codes"][rows])
         return QuantizedWeight(fmt, codes, self._stored["scale"][scales].float(), zero, self._stored.get("order"))
 
     def _rounded_product(self, x: Tensor, x_scale: Tensor, panel: QuantizedWeight) -> Tensor:

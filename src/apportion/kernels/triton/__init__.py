@@ -13,6 +13,7 @@ from apportion.platforms.cuda import why_not
 from apportion.platforms.platform import GPUS, ComputeShare
 
 ROUNDED_INPUTS = ("e4m3", "e5m2", "int8", "int4", "int3", "int2")  # elements of weights under which an input is rounded to bfloat16
+FLOAT8_ERROR = 2.0**-9  # matrix units that add 32 float8 products in 14 bits, one of them as large as the sum
 ROUNDED_QUERIES = ("fp8_e4m3", "fp8_e5m2")  # cached formats under which queries and probabilities are
 
 
@@ -47,7 +48,10 @@ def implementations() -> list[Implementation]:
             name,
             rank=-1 if device == "cpu" else 100,  # the interpreter is never the best choice
             capability=Capability(
-                device, kv_dtypes=tuple(KV_FORMATS), rounds_activations=("bfloat16", "float16", *ROUNDED_INPUTS, *ROUNDED_QUERIES)
+                device,
+                kv_dtypes=tuple(KV_FORMATS),
+                rounds_activations=("bfloat16", "float16", *ROUNDED_INPUTS, *ROUNDED_QUERIES),
+                float8_error=0.0 if device == "cpu" else FLOAT8_ERROR,
             ),
             make=_make,
             unavailable=unavailable,

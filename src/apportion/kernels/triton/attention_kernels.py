@@ -385,8 +385,8 @@ def _slot(request_of, starts, seq_lens, table, table_stride, token, BLOCK_SIZE: 
 def _keep(place, x, scale, mask, MANTISSA: tl.constexpr):
     """Store x over scale in the KV format."""
     if MANTISSA > 0:
-        codes = float8.encode(tl.div_rn(x.to(tl.float32), tl.zeros_like(x).to(tl.float32) + scale), MANTISSA)
-        tl.store(place, codes.to(tl.uint8), mask=mask)
+        ratio = tl.div_rn(x.to(tl.float32), tl.zeros_like(x).to(tl.float32) + scale)
+        tl.store(place, float8.encode(ratio, 448.0 if MANTISSA == 3 else 57344.0).to(tl.uint8), mask=mask)
     else:
         tl.store(place, x.to(place.dtype.element_ty), mask=mask)
 

@@ -8,14 +8,16 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 
-# element -> (mantissa bits, exponent of the least normal number, what the bits of a code as those of a float32 are to be multiplied by)
-FLOAT8 = {"e4m3": (3, -6, 2.0**120), "e4m3fnuz": (3, -7, 2.0**119), "e5m2": (2, -14, 2.0**112)}
+# element -> (mantissa bits, what the bits of a code as those of a float32 are to be multiplied by)
+FLOAT8 = {"e4m3": (3, 2.0**120), "e4m3fnuz": (3, 2.0**119), "e5m2": (2, 2.0**112)}
 UNITS = {"e4m3": 2.0**8, "e5m2": 1.0}  # the same of the bits of a code as those of a float16
 
 
 @triton.jit
-def round_float8(x, MANTISSA: tl.constexpr, LEAST: tl.constexpr, LARGEST: tl.constexpr):
-    """float32 -> the nearest float8, ties to even, as float32; what is larger becomes LARGEST, a NaN stays one."""
+def round_float8(x, LARGEST: tl.constexpr):
+    """float32 -> the nearest float8 of the element whose largest number is LARGEST, ties to even, as float32; a NaN stays one."""
+    MANTISSA: tl.constexpr = 2 if LARGEST == 57344.0 else 3
+    LEAST: tl.constexpr = -14 if LARGEST == 57344.0 else (-6 if LARGEST == 448.0 else -7)  # exponent of the least normal number
     a = tl.minimum(tl.maximum(x, -LARGEST), LARGEST)
     exponent = tl.maximum((a.to(tl.int32, bitcast=True) >> 23) & 0xFF, LEAST + 127)
     magic = (((exponent + (23 - MANTISSA)) << 23) | 0x400000).to(tl.float32, bitcast=True)  # its last place is a step of the grid
@@ -23,13 +25,16 @@ def round_float8(x, MANTISSA: tl.constexpr, LEAST: tl.constexpr, LARGEST: tl.con
 
 
 @triton.jit
-def encode(x, MANTISSA: tl.constexpr):
-    """float32 -> the code, as int32, of the nearest number of e4m3 (MANTISSA 3) or e5m2 (2)."""
-    LEAST: tl.constexpr = -6 if MANTISSA == 3 else -14
-    LARGEST: tl.constexpr = 448.0 if MANTISSA == 3 else 57344.0
-    rounded = tl.abs(round_float8(x, MANTISSA, LEAST, LARGEST))
-    shifted = (rounded * (2.0**-120 if MANTISSA == 3 else 2.0**-112)).to(tl.int32, bitcast=True) >> (23 - MANTISSA)
-    return tl.where(x != x, 0x7F, shifted) | ((x.to(tl.int32, bitcast=True) >> 24) & 0x80)
+def encode(x, LARGEST: tl.constexpr):
+    """float32 -> the code, as int32, of the nearest number."""
+    MANTISSA: tl.constexpr = 2 if LARGEST == 57344.0 else 3
+    FACTOR: tl.constexpr = 2.0**-112 if LARGEST == 57344.0 else (2.0**-120 if LARGEST == 448.0 else 2.0**-119)
+    code = (tl.abs(round_float8(x, LARGEST)) * FACTOR).to(tl.int32, bitcast=True) >> (23 - MANTISSA)
+    sign = (x.to(tl.int32, bitcast=True) >> 24) & 0x80
+    if LARGEST == 240.0:  # e4m3fnuz: what would be a negative zero is its NaN
+        return tl.where(x != x, 0x80, tl.where(code == 0, 0, code | sign))
+    else:
+        return tl.where(x != x, 0x7F, code | sign)
 
 
 @triton.jit

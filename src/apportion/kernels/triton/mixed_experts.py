@@ -6,6 +6,7 @@ any expert has it in, and tiles of experts in other formats end at once. Nothing
 
 from __future__ import annotations
 
+from collections.abc import Collection
 from typing import Any
 
 import torch
@@ -14,21 +15,22 @@ import triton.language as tl
 from torch import Tensor
 
 from apportion.core.errors import Unsupported
-from apportion.core.number_format import FLOATS, Scheme
-from apportion.kernels.ops import ExpertsSpec, LinearSpec
+from apportion.core.number_format import FLOATS
+from apportion.kernels.ops import ExpertsSpec, LinearSpec, RoundedRows
 from apportion.kernels.reference.linear import ReferenceExperts, ReferenceLinear
 from apportion.kernels.reference.number_formats import TORCH_DTYPES
 from apportion.kernels.triton.elementwise import silu_mul
 from apportion.kernels.triton.experts import CHUNK, align_kernel, tile_bound, weigh_kernel
-from apportion.kernels.triton.quantized import CodedLinear, coded_sums, round_input
+from apportion.kernels.triton.quantized import CodedLinear, coded_sums, x_constants
+from apportion.kernels.triton.rounding import Rounding
 from apportion.kernels.triton.tiles import Tile
 
 
 @triton.jit
 def grouped_kernel(
-    x, x_stride, x_scale, codes, scale, zero, offsets, slots, tile_expert, out, out_stride, top_k, n, c, num_words, num_scales,
+    x, x_stride, x_scale, codes, scale, zero, offsets, slots, tile_expert, out, out_stride, top_k, n, c, width, num_scales,
     FLOAT: tl.constexpr, BITS: tl.constexpr, MANTISSA: tl.constexpr, FACTOR: tl.constexpr, ZERO: tl.constexpr, N_BLOCK: tl.constexpr,
-    K_GROUP: tl.constexpr, X_SCALES: tl.constexpr, X_GROUP: tl.constexpr, ROUND: tl.constexpr, WIDE: tl.constexpr, FROM_TOKEN: tl.constexpr,
+    K_GROUP: tl.constexpr, X_SCALES: tl.constexpr, X_GROUP: tl.constexpr, PRODUCT: tl.constexpr, FROM_TOKEN: tl.constexpr,
     TO_PAIR: tl.constexpr, BLOCK_T: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr,
 ):  # fmt: skip
     """One projection of the experts in one format. offsets int64 [E, 3]: where codes, scales and zeros begin; below 0: another format.
@@ -39,6 +41,7 @@ def grouped_kernel(
     expert = tl.load(tile_expert + tile)
     start = tl.load(offsets + tl.maximum(expert, 0) * 3)
     if (expert >= 0) & (start >= 0):
+        start = tl.multiple_of(start, 64)  # 256 bytes of numbers of at most 4: without the hint bytes would be fetched one by one
         lanes = tl.arange(0, BLOCK_T)
         slot = (tile * BLOCK_T + lanes).to(tl.int64)
         pair = tl.load(slots + slot)
@@ -58,9 +61,8 @@ def grouped_kernel(
         else:
             s_start, z_start = tl.load(offsets + expert * 3 + 1), tl.load(offsets + expert * 3 + 2)
             sums = coded_sums(
-                x, x_stride, rows, inside_t, x_scale, codes + start, scale + s_start, zero + z_start, outputs, n, 0, c, num_words,
-                num_scales,
-                BITS, MANTISSA, FACTOR, ZERO, N_BLOCK, K_GROUP, X_SCALES, X_GROUP, ROUND, WIDE, BLOCK_T, BLOCK_N, BLOCK_K,
+                x, x_stride, rows, inside_t, x_scale, codes + start, scale + s_start, zero + z_start, outputs, n, 0, c, width,
+                num_scales, BITS, MANTISSA, FACTOR, ZERO, N_BLOCK, K_GROUP, X_SCALES, X_GROUP, PRODUCT, BLOCK_T, BLOCK_N, BLOCK_K,
             )  # fmt: skip
         to = pair.to(tl.int64) if TO_PAIR else slot
         tl.store(out + to[None, :] * out_stride + outputs[:, None], sums, mask=inside_n[:, None] & inside_t[None, :])
@@ -70,10 +72,10 @@ class _Format:
     """The experts that have a projection in one scheme. linear: any of theirs."""
 
     def __init__(self, scheme: str, linear: Any, tile: Tile) -> None:
-        self.linear, self.activation = linear, Scheme.parse(scheme).activation
-        self.is_float = scheme in FLOATS
-        self.dtype = TORCH_DTYPES[scheme] if self.is_float else torch.int32
-        self.tile = tile if self.is_float else linear.tile
+        self.linear, self.is_float = linear, scheme in FLOATS
+        self.rounding: Rounding | None = None if self.is_float else linear.rounding
+        self.dtype = TORCH_DTYPES[scheme] if self.is_float else linear.code_dtype
+        self.tile = tile if self.is_float else linear.tiles[0]
         self.starts: dict[int, tuple[int, int, int]] = {}
 
     def add(self, expert: int, linear: Any, start: int) -> None:
@@ -82,7 +84,7 @@ class _Format:
             self.starts[expert] = (start // self.dtype.itemsize, 0, 0)
             return
         at = {name: (start + offset) // dtype.itemsize for name, offset, dtype, _ in linear.parts}
-        self.starts[expert] = (at["codes"], at["scale"], at.get("zero", at["scale"]))
+        self.starts[expert] = (start // self.dtype.itemsize, at["scale"], at.get("zero", at["scale"]))  # codes come first
 
     def bind(self, buffer: Tensor, num_experts: int) -> None:
         rows = [self.starts.get(expert, (-1, 0, 0)) for expert in range(num_experts)]
@@ -96,8 +98,8 @@ class _Format:
 class MixedExperts(ReferenceExperts):
     """kernels/ops.Experts of any schemes: one linear for each expert and projection, side by side in the buffer."""
 
-    def __init__(self, spec: ExpertsSpec, tile: Tile) -> None:
-        self.tile = tile
+    def __init__(self, spec: ExpertsSpec, tile: Tile, units: Collection[str]) -> None:
+        self.tile, self.units = tile, units
         super().__init__(spec, self._make, silu_mul)
         self._formats: dict[str, dict[str, _Format]] = {"gate": {}, "up": {}, "down": {}}
         start = 0
@@ -113,7 +115,7 @@ class MixedExperts(ReferenceExperts):
                 start += -(-linear.nbytes // 256) * 256
 
     def _make(self, spec: LinearSpec) -> Any:
-        return ReferenceLinear(spec) if spec.scheme in FLOATS else CodedLinear(spec, self.tile)
+        return ReferenceLinear(spec) if spec.scheme in FLOATS else CodedLinear(spec, [self.tile], self.units)
 
     def bind(self, buffer: Tensor) -> None:
         super().bind(buffer)
@@ -149,26 +151,26 @@ class MixedExperts(ReferenceExperts):
         self, projection: str, x: Tensor, out: Tensor, where: tuple[Tensor, Tensor, int, int, int], *, from_token: bool, to_pair: bool
     ) -> None:
         slots, tile_expert, tiles, block_t, top_k = where
-        rounded: dict[str, tuple[Tensor, Tensor]] = {}
+        rounded: dict[tuple[str, torch.dtype], RoundedRows] = {}
         for format_ in self._formats[projection].values():
-            seen, x_scale, x_scales, x_group = x, x, 0, 0
-            if format_.activation is not None:
-                key = format_.activation.name
+            seen, rounding = RoundedRows(x, None), format_.rounding
+            if rounding is not None:
+                key = rounding.fmt.name, rounding.dtype
                 if key not in rounded:
-                    rounded[key] = round_input(x, format_.activation, None)
-                seen, x_scale = rounded[key]
-                x_scales, x_group = x_scale.shape[1], format_.activation.block[1]
+                    rounded[key] = rounding(x)
+                seen = rounded[key]
             spec, tile = format_.linear.spec, format_.tile
             n, c = spec.out_features, spec.in_features
-            constants = _FLOAT if format_.is_float else {**format_.linear.constants, "WIDE": format_.linear.wide}
-            words, scales = (0, 0) if format_.is_float else (format_.linear.num_words, format_.linear.num_scales)
+            constants = _FLOAT if format_.is_float else format_.linear.constants
+            width, scales = (0, 0) if format_.is_float else (format_.linear.width, format_.linear.num_scales)
             grouped_kernel[(triton.cdiv(n, tile.n), tiles)](
-                seen, seen.stride(0), x_scale, format_.codes, format_.scale, format_.zero, format_.offsets, slots, tile_expert, out,
-                out.stride(0), top_k, n, c, words, scales, FLOAT=format_.is_float, **constants, X_SCALES=x_scales, X_GROUP=x_group,
-                FROM_TOKEN=from_token, TO_PAIR=to_pair, BLOCK_T=block_t, BLOCK_N=tile.n, BLOCK_K=tile.k, **tile.launch,
+                seen.codes, seen.codes.stride(0), x if seen.scales is None else seen.scales, format_.codes, format_.scale, format_.zero,
+                format_.offsets, slots, tile_expert, out, out.stride(0), top_k, n, c, width, scales, FLOAT=format_.is_float, **constants,
+                **x_constants(rounding, seen), FROM_TOKEN=from_token, TO_PAIR=to_pair, BLOCK_T=block_t, BLOCK_N=tile.n, BLOCK_K=tile.k,
+                **tile.launch,
             )  # fmt: skip
 
 
 _FLOAT: dict[str, Any] = {
-    "BITS": 8, "MANTISSA": 0, "FACTOR": 1.0, "ZERO": 0, "N_BLOCK": 0, "K_GROUP": 0, "ROUND": False, "WIDE": False,
+    "BITS": 8, "MANTISSA": 0, "FACTOR": 1.0, "ZERO": 0, "N_BLOCK": 0, "K_GROUP": 0, "PRODUCT": "float",
 }  # fmt: skip

@@ -43,7 +43,10 @@ CUOBJDUMP = Path(triton.__file__).parent / "backends/nvidia/bin/cuobjdump"
 
 @dataclass(frozen=True, slots=True)
 class Compiled:
-    """registers: of a thread. spills: bytes of the thread's stack (registers on AMD). matrix: the kind of matrix instruction, or ''."""
+    """registers: of a thread. spills: bytes of the thread's stack (registers on AMD). matrix: the kind of matrix instruction, or ''.
+
+    operands: what it multiplies, as the target spells it.
+    """
 
     workload: str
     kernel: str
@@ -53,6 +56,7 @@ class Compiled:
     shared_bytes: int
     num_warps: int
     matrix: str
+    operands: str
 
 
 class _Absent:
@@ -95,7 +99,7 @@ def resources(workload: str, target: str, kernel: Any) -> Compiled:
         code = kernel.asm["amdgcn"]
         number = {key: int(re.search(rf"\.{key}:\s*(\d+)", code)[1]) for key in ("vgpr_count", "vgpr_spill_count")}
         registers, spills = number["vgpr_count"], number["vgpr_spill_count"]
-        matrix = "mfma" if "v_mfma" in code else ""
+        matrix, products = "mfma" if "v_mfma" in code else "", re.findall(r"v_mfma_[fi]32_\d+x\d+x\d+_(\w+)", code)
     else:
         with tempfile.NamedTemporaryFile(suffix=".cubin") as file:
             file.write(kernel.asm["cubin"])
@@ -104,7 +108,9 @@ def resources(workload: str, target: str, kernel: Any) -> Compiled:
         registers, spills = (int(re.search(rf"{key}:(\d+)", report)[1]) for key in ("REG", "STACK"))
         code = kernel.asm["ptx"]
         matrix = "wgmma" if "wgmma.mma_async" in code else "mma" if "mma.sync" in code else ""
-    return Compiled(workload, kernel.name, target, registers, spills, kernel.metadata.shared, kernel.metadata.num_warps, matrix)
+        products = re.findall(r"mma\S*\.m\d+n\d+k\d+\S*?\.[fs]32\.(\w+)\.", code)
+    operands = " ".join(sorted(set(products)))
+    return Compiled(workload, kernel.name, target, registers, spills, kernel.metadata.shared, kernel.metadata.num_warps, matrix, operands)
 
 
 # -- what is compiled: the calls of a model of 8 B parameters, of a mixture and of latent attention, on tensors without data ----------
@@ -205,16 +211,16 @@ def _sampling(ops: TritonOps) -> None:
     ops.apply_bitmask(logits, _empty(4, dtype=torch.int32), _empty(4, 16_032, dtype=torch.uint8))
 
 
-CODED = (  # the first four have every way through the kernel
-    "e4m3_channel@e4m3_token", "e4m3_b128x128@e4m3_g128", "int4_g128_zp_bf16", "int3_g128", "int8_channel@int8_token", "int4_g128_bf16",
-    "int2_g128",
+CODED = (  # the first seven have every way through the kernel
+    "e4m3_channel@e4m3_token", "e4m3_b128x128@e4m3_g128", "int4_g128_zp_bf16", "int3_g128", "int8_channel@int8_token",
+    "int4_g128@int8_token", "e4m3fnuz_channel@e4m3fnuz_token", "int4_g128_bf16", "int2_g128", "e4m3_channel", "int8_channel",
 )  # fmt: skip
 DEFAULT: dict[str, Workload] = {
     "rowwise": _rowwise,
     "sampling": _sampling,
     "linear-16": _linear(16),
     "linear-64": _linear(64),
-    **{f"linear-16-{scheme}": _coded(16, scheme) for scheme in CODED[:4]},
+    **{f"linear-16-{scheme}": _coded(16, scheme) for scheme in CODED[:7]},
     "experts-16": _experts(16),
     "experts-mixed": _mixed_experts,
     "experts-512": _experts(512),

@@ -13,6 +13,7 @@ from apportion.kernels.interval_table import LIBRARY, Choice, IntervalTable
 from apportion.kernels.ops import AttentionSpec, ExpertsSpec, LinearSpec
 from apportion.kernels.triton import elementwise, quantized, sampling
 from apportion.kernels.triton.attention import LatentAttention, PagedAttention
+from apportion.kernels.triton.device import float8_units
 from apportion.kernels.triton.experts import GroupedExperts
 from apportion.kernels.triton.linear import TritonLinear
 from apportion.kernels.triton.mixed_experts import MixedExperts
@@ -36,6 +37,7 @@ class TritonOps:
         self._told: set[str] = set()
         self._table = None if interpreted else table
         self.tiles = Tiles().within(shared_bytes)
+        self.units = ("e4m3",) if interpreted else float8_units()
         self.rms_norm, self.add_rms_norm, self.silu_mul = elementwise.rms_norm, elementwise.add_rms_norm, elementwise.silu_mul
         self.rotate, self.route = elementwise.rotate, elementwise.route
         self.sample, self.logprobs, self.apply_bitmask = sampling.sample, sampling.logprobs, sampling.apply_bitmask
@@ -46,20 +48,23 @@ class TritonOps:
 
     def linear(self, spec: LinearSpec) -> TritonLinear | CodedLinear:
         if spec.scheme not in FLOATS:
-            self._tell(spec.scheme)
-            return CodedLinear(spec, self.tiles.flat[0])
+            obstacle = quantized.library_obstacle(spec, self.units)
+            self._tell(spec.scheme, f"; never by the library: {obstacle}" if obstacle else "")
+            return CodedLinear(spec, self.tiles.flat, self.units, None if obstacle else self._choose(spec))
         return TritonLinear(spec, self.tiles.flat, self._choose(spec))
 
     def method(self, scheme: str) -> str:
         """How a linear of a scheme is computed, in words."""
-        return quantized.method(scheme) if scheme not in FLOATS else "the flat kernel or the library, as the dispatch table says"
+        if scheme in FLOATS:
+            return "the flat kernel or the library, as the dispatch table says"
+        return quantized.method(scheme, self.units)
 
-    def _tell(self, scheme: str) -> None:
+    def _tell(self, scheme: str, more: str = "") -> None:
         """Say once how linears of a scheme are computed; slow ones as a warning."""
-        if scheme not in self._told:
-            self._told.add(scheme)
-            words = quantized.method(scheme)
-            logger.log(logging.WARNING if "float32" in words else logging.INFO, "linears in %s: %s", scheme, words)
+        if scheme + more not in self._told:
+            self._told.add(scheme + more)
+            words = quantized.method(scheme, self.units)
+            logger.log(logging.WARNING if "float32" in words else logging.INFO, "linears in %s: %s%s", scheme, words, more)
 
     def _choose(self, spec: LinearSpec) -> Callable[[int], Choice] | None:
         if self._table is None:
@@ -78,7 +83,7 @@ class TritonOps:
             return GroupedExperts(spec, self.tiles.experts[0])
         for scheme in found - set(FLOATS):
             self._tell(scheme)
-        return MixedExperts(spec, self.tiles.experts[0])
+        return MixedExperts(spec, self.tiles.experts[0], self.units)
 
     def paged_attention(self, spec: AttentionSpec, arena: Tensor) -> PagedAttention:
         return PagedAttention(spec, arena, self.tiles.decode[0], self.tiles.prefill[0])

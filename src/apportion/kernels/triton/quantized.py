@@ -1,12 +1,15 @@
-"""Linears over packed codes and their scales: the flat GEMM of kernels/triton/linear with the weight widened in registers.
+"""Linears over packed codes and their scales: the flat GEMM of kernels/triton/linear with what the scheme's numbers need.
 
-Codes (integers less their zero point, float8) and rounded inputs are exact in bfloat16, so bfloat16 matrix units multiply all of them
-exactly into float32 sums; scales come after, once, or for each group of inputs. Where a group does not fill tiles of 32 inputs the product
-is taken in float32 of dequantized numbers: right, and slow.
+What is multiplied, `product_of`: 8-bit numbers as they stand in memory where the input is rounded to the weight's element and the matrix
+units take it; smaller integers widened to int8 in registers for an input of integers; all else widened to bfloat16, which holds integers
+and float8 exactly, so that sums in float32 are those of the codes. Scales come after, once, or for each group of inputs. Where a group does
+not fill tiles of 32 inputs the product is taken in float32 of dequantized numbers: right, and slow. The library multiplies float8 by float8
+without groups where the dispatch table says so.
 """
 
 from __future__ import annotations
 
+from collections.abc import Callable, Collection, Sequence
 from dataclasses import replace
 from typing import Any
 
@@ -17,42 +20,20 @@ from torch import Tensor
 
 from apportion.core.errors import Unsupported
 from apportion.core.number_format import NumberFormat, Scheme
-from apportion.kernels.ops import LinearSpec
+from apportion.kernels.interval_table import Choice
+from apportion.kernels.ops import LinearSpec, RoundedRows
 from apportion.kernels.reference.linear import DequantizedLinear
-from apportion.kernels.reference.number_formats import FLOAT8_MAX, LEAST_TOKEN_SCALE
+from apportion.kernels.reference.number_formats import FLOAT8 as FLOAT8_DTYPES
 from apportion.kernels.triton import ROUNDED_INPUTS, float8
 from apportion.kernels.triton.device import num_multiprocessors
 from apportion.kernels.triton.float8 import FLOAT8
 from apportion.kernels.triton.linear import add_splits_kernel, choose_splits
+from apportion.kernels.triton.rounding import Rounding
 from apportion.kernels.triton.tiles import MOST_ROWS, Tile
 
 STEP = 32  # inputs that a group must fill
+LIBRARY_STEP = 16  # what outputs and inputs must be multiples of for torch._scaled_mm
 ZEROS = {"none": 0, "zp": 1, "min": 2}
-
-
-@triton.jit
-def round_input_kernel(
-    x, x_stride, codes, scales, input_scale, c, groups, reach, least,
-    WIDTH: tl.constexpr, STATIC: tl.constexpr, MANTISSA: tl.constexpr, LEAST: tl.constexpr, LARGEST: tl.constexpr, BLOCK: tl.constexpr,
-):  # fmt: skip
-    """Grid (T, groups): codes bfloat16 [T, C], numbers of the grid, and scales float32 [T, groups]. MANTISSA 0: integers."""
-    row, group = tl.program_id(0).to(tl.int64), tl.program_id(1)
-    lanes = tl.arange(0, BLOCK)
-    columns = group * WIDTH + lanes
-    inside = (lanes < WIDTH) & (columns < c)
-    values = tl.load(x + row * x_stride + columns, mask=inside, other=0.0).to(tl.float32)
-    if STATIC:
-        scale = tl.load(input_scale)
-    else:
-        scale = tl.maximum(tl.div_rn(tl.max(tl.abs(values), axis=0), reach), least)
-        tl.store(scales + row * groups + group, scale)
-    ratio = tl.div_rn(values, tl.zeros_like(values) + scale)
-    if MANTISSA > 0:
-        rounded = float8.round_float8(ratio, MANTISSA, LEAST, LARGEST)
-    else:
-        held = tl.minimum(tl.maximum(ratio, -LARGEST - 1), LARGEST)
-        rounded = tl.where(ratio != ratio, ratio, (held + 12582912.0) - 12582912.0)  # 1.5 * 2^23: to the nearest integer, ties to even
-    tl.store(codes + row * c + columns, rounded.to(tl.bfloat16), mask=inside)
 
 
 @triton.jit
@@ -84,33 +65,42 @@ def _decode(codes, zero, MANTISSA: tl.constexpr, FACTOR: tl.constexpr):
 
 
 @triton.jit
-def coded_sums(
-    x, x_stride, x_rows, inside_t, x_scale, codes, scale, zero, outputs, n, first, last, num_words, num_scales,
-    BITS: tl.constexpr, MANTISSA: tl.constexpr, FACTOR: tl.constexpr, ZERO: tl.constexpr, N_BLOCK: tl.constexpr, K_GROUP: tl.constexpr,
-    X_SCALES: tl.constexpr, X_GROUP: tl.constexpr, ROUND: tl.constexpr, WIDE: tl.constexpr,
-    BLOCK_T: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr,
-):  # fmt: skip
-    """sums [BLOCK_N, BLOCK_T] over inputs [first, last), scales applied. codes int32 [N, num_words]; scale, zero [.., num_scales].
+def _dot(values, seen, sums):
+    if values.dtype == tl.int8:
+        return tl.dot(values, seen, sums, out_dtype=tl.int32)
+    else:  # Hopper adds float8 products in 14 bits, here those of one tile
+        return tl.dot(values, seen, sums, max_num_imprecise_acc=values.shape[1])
 
-    N_BLOCK, K_GROUP: outputs and inputs that share a scale, 0 for all. X_SCALES: of a row of x, 0 where it is not rounded, -1: one for all.
-    X_GROUP: inputs that share one of several. WIDE: products of dequantized numbers in float32.
+
+@triton.jit
+def coded_sums(
+    x, x_stride, x_rows, inside_t, x_scale, codes, scale, zero, outputs, n, first, last, width, num_scales,
+    BITS: tl.constexpr, MANTISSA: tl.constexpr, FACTOR: tl.constexpr, ZERO: tl.constexpr, N_BLOCK: tl.constexpr, K_GROUP: tl.constexpr,
+    X_SCALES: tl.constexpr, X_GROUP: tl.constexpr, PRODUCT: tl.constexpr, BLOCK_T: tl.constexpr, BLOCK_N: tl.constexpr,
+    BLOCK_K: tl.constexpr,
+):  # fmt: skip
+    """sums [BLOCK_N, BLOCK_T] over inputs [first, last), scales applied. codes [N, width]: words, or with PRODUCT 'bytes' 8-bit numbers.
+
+    scale, zero [.., num_scales]. N_BLOCK, K_GROUP: outputs and inputs that share a scale, 0 for all. X_SCALES: of a row of x, 0 where it
+    is not rounded. X_GROUP: inputs that share one of several. PRODUCT: `product_of`.
     """
     inner, inside_n = tl.arange(0, BLOCK_K), outputs < n
     GROUPED: tl.constexpr = K_GROUP > 0 or X_SCALES > 1
-    place = codes + outputs.to(tl.int64) * num_words
+    INTEGER: tl.constexpr = x.dtype.element_ty == tl.int8
+    place = codes + outputs.to(tl.int64) * width
     s_place = (outputs // N_BLOCK if N_BLOCK > 0 else outputs * 0).to(tl.int64) * num_scales
     middle = tl.zeros((BLOCK_N,), tl.float32) + (0 if ZERO == 2 else 1 << (BITS - 1))
-    sums, x_sums = tl.zeros((BLOCK_N, BLOCK_T), tl.float32), tl.zeros((BLOCK_T,), tl.float32)
+    none = tl.zeros((BLOCK_N, BLOCK_T), tl.int32 if INTEGER else tl.float32)
+    sums = tl.zeros((BLOCK_N, BLOCK_T), tl.int32 if INTEGER and not GROUPED else tl.float32)
+    x_sums = tl.zeros((BLOCK_T,), tl.float32)
     for k in range(first, last, BLOCK_K):
         inside_k = k + inner < last
         seen = tl.load(x + x_rows[None, :] * x_stride + (k + inner)[:, None], mask=inside_k[:, None] & inside_t[None, :], other=0.0)
-        if ROUND:
-            seen = seen.to(tl.bfloat16)
-        ints = _unpack(place, inside_n, k, num_words, BITS, BLOCK_N, BLOCK_K)
-        if WIDE:
+        if PRODUCT == "float32":
             group = s_place[:, None] + ((k + inner) // K_GROUP if K_GROUP > 0 else inner * 0)[None, :]
             mask = inside_n[:, None] & inside_k[None, :]
             base = tl.load(zero + group, mask=mask, other=0).to(tl.float32) if ZERO == 1 else middle[:, None]
+            ints = _unpack(place, inside_n, k, width, BITS, BLOCK_N, BLOCK_K)
             wide = _decode(ints, base, MANTISSA, FACTOR) * tl.load(scale + group, mask=mask, other=0.0).to(tl.float32)
             if ZERO == 2:
                 wide += tl.load(zero + group, mask=mask, other=0.0).to(tl.float32)
@@ -121,10 +111,18 @@ def coded_sums(
             sums = tl.dot(wide, seen, sums, input_precision="ieee")
         else:
             group = s_place + (k // K_GROUP if K_GROUP > 0 else 0)
-            base = tl.load(zero + group, mask=inside_n, other=0).to(tl.float32) if ZERO == 1 else middle
-            values = _decode(ints, base[:, None], MANTISSA, FACTOR).to(tl.bfloat16)
+            if PRODUCT == "bytes":
+                values = tl.load(place[:, None] + (k + inner)[None, :], mask=inside_n[:, None] & inside_k[None, :], other=0.0)
+            else:
+                base = tl.load(zero + group, mask=inside_n, other=0).to(tl.float32) if ZERO == 1 else middle
+                ints = _unpack(place, inside_n, k, width, BITS, BLOCK_N, BLOCK_K)
+                if PRODUCT == "int8":
+                    values = (ints - base.to(tl.int32)[:, None]).to(tl.int8)
+                else:
+                    values = _decode(ints, base[:, None], MANTISSA, FACTOR).to(tl.bfloat16)
+                    seen = seen.to(tl.bfloat16)
             if GROUPED:
-                part = tl.dot(values, seen) * tl.load(scale + group, mask=inside_n, other=0.0).to(tl.float32)[:, None]
+                part = _dot(values, seen, none).to(tl.float32) * tl.load(scale + group, mask=inside_n, other=0.0).to(tl.float32)[:, None]
                 if ZERO == 2:
                     least = tl.load(zero + group, mask=inside_n, other=0.0).to(tl.float32)
                     part += least[:, None] * tl.sum(seen.to(tl.float32), axis=0)[None, :]
@@ -132,25 +130,25 @@ def coded_sums(
                     part *= tl.load(x_scale + x_rows * X_SCALES + k // X_GROUP, mask=inside_t, other=0.0)[None, :]
                 sums += part
             else:
-                sums = tl.dot(values, seen, sums)
+                sums = _dot(values, seen, sums)
                 if ZERO == 2:
                     x_sums += tl.sum(seen.to(tl.float32), axis=0)
+    scaled = sums.to(tl.float32)
     if X_SCALES == 1:
-        sums *= tl.load(x_scale + x_rows, mask=inside_t, other=0.0)[None, :]
-    elif X_SCALES == -1:
-        sums *= tl.load(x_scale)
-    if not WIDE and not GROUPED:
-        sums *= tl.load(scale + s_place, mask=inside_n, other=0.0).to(tl.float32)[:, None]
+        factor = tl.load(x_scale + x_rows, mask=inside_t, other=0.0)
+        scaled, x_sums = scaled * factor[None, :], x_sums * factor
+    if PRODUCT != "float32" and not GROUPED:
+        scaled *= tl.load(scale + s_place, mask=inside_n, other=0.0).to(tl.float32)[:, None]
         if ZERO == 2:
-            sums += tl.load(zero + s_place, mask=inside_n, other=0.0).to(tl.float32)[:, None] * x_sums[None, :]
-    return sums
+            scaled += tl.load(zero + s_place, mask=inside_n, other=0.0).to(tl.float32)[:, None] * x_sums[None, :]
+    return scaled
 
 
 @triton.jit
 def coded_kernel(
-    x, x_stride, x_scale, codes, scale, zero, bias, out, out_stride, rows, n, c, num_words, num_scales, c_per_split,
+    x, x_stride, x_scale, codes, scale, zero, bias, out, out_stride, rows, n, c, width, num_scales, c_per_split,
     BITS: tl.constexpr, MANTISSA: tl.constexpr, FACTOR: tl.constexpr, ZERO: tl.constexpr, N_BLOCK: tl.constexpr, K_GROUP: tl.constexpr,
-    X_SCALES: tl.constexpr, X_GROUP: tl.constexpr, ROUND: tl.constexpr, WIDE: tl.constexpr, HAS_BIAS: tl.constexpr, SPLITS: tl.constexpr,
+    X_SCALES: tl.constexpr, X_GROUP: tl.constexpr, PRODUCT: tl.constexpr, HAS_BIAS: tl.constexpr, SPLITS: tl.constexpr,
     BLOCK_T: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr,
 ):  # fmt: skip
     """out [T, N] = x [T, C] @ weight [N, C]^T (+ bias); with several splits, out is float32 [SPLITS, T, N] and gets no bias."""
@@ -160,8 +158,8 @@ def coded_kernel(
     inside_n, inside_t = outputs < n, tokens < rows
     first = split * c_per_split
     sums = coded_sums(
-        x, x_stride, tokens, inside_t, x_scale, codes, scale, zero, outputs, n, first, tl.minimum(first + c_per_split, c), num_words,
-        num_scales, BITS, MANTISSA, FACTOR, ZERO, N_BLOCK, K_GROUP, X_SCALES, X_GROUP, ROUND, WIDE, BLOCK_T, BLOCK_N, BLOCK_K,
+        x, x_stride, tokens, inside_t, x_scale, codes, scale, zero, outputs, n, first, tl.minimum(first + c_per_split, c), width,
+        num_scales, BITS, MANTISSA, FACTOR, ZERO, N_BLOCK, K_GROUP, X_SCALES, X_GROUP, PRODUCT, BLOCK_T, BLOCK_N, BLOCK_K,
     )  # fmt: skip
     if HAS_BIAS:
         sums += tl.load(bias + outputs, mask=inside_n, other=0.0)[:, None]
@@ -169,38 +167,66 @@ def coded_kernel(
     tl.store(out + row[None, :] * out_stride + outputs[:, None], sums.to(out.dtype.element_ty), mask=inside_n[:, None] & inside_t[None, :])
 
 
+@triton.jit
+def scale_kernel(sums, x_scale, scale, bias, out, out_stride, n, N_BLOCK: tl.constexpr, HAS_BIAS: tl.constexpr, BLOCK: tl.constexpr):
+    """out [T, N] = sums [T, N] * x_scale [T] * scale [N or 1] (+ bias), what the library leaves to do."""
+    token = tl.program_id(0).to(tl.int64)
+    outputs = tl.program_id(1) * BLOCK + tl.arange(0, BLOCK)
+    inside = outputs < n
+    factor = tl.load(x_scale + token) * tl.load(scale + (outputs if N_BLOCK > 0 else outputs * 0), mask=inside, other=0.0).to(tl.float32)
+    total = tl.load(sums + token * n + outputs, mask=inside, other=0.0) * factor
+    if HAS_BIAS:
+        total += tl.load(bias + outputs, mask=inside, other=0.0)
+    tl.store(out + token * out_stride + outputs, total.to(out.dtype.element_ty), mask=inside)
+
+
+def product_of(scheme: Scheme, units: Collection[str]) -> str:
+    """What a kernel multiplies: 'bytes' as they stand, 'int8' or 'bfloat16' widened in registers, 'float32' dequantized.
+
+    units: elements of float8 that the matrix units take; all take int8.
+    """
+    weight, rounded = scheme.weight, scheme.activation
+    if any(fmt.block[1] % STEP for fmt in (weight, rounded) if fmt is not None and fmt.block[1]):
+        return "float32"
+    if rounded is None:
+        return "bfloat16" if weight.element in ROUNDED_INPUTS else "float32"
+    if rounded.is_integer and weight.is_integer:  # zero points beside 8 bits leave those of int8
+        return "int8" if weight.bits < 8 else "bytes" if weight.zero == "none" else "bfloat16"
+    return "bytes" if rounded.element == weight.element and weight.element in units else "bfloat16"
+
+
 def weight_constants(fmt: NumberFormat) -> dict[str, Any]:
     """What the kernels are compiled for, of a weight's format."""
-    mantissa, _, factor = FLOAT8.get(fmt.element, (0, 0, 1.0))
+    mantissa, factor = FLOAT8.get(fmt.element, (0, 1.0))
     return {
         "BITS": fmt.bits, "MANTISSA": mantissa, "FACTOR": factor, "ZERO": ZEROS[fmt.zero], "N_BLOCK": fmt.block[0],
-        "K_GROUP": fmt.block[1], "ROUND": fmt.element in ROUNDED_INPUTS,
+        "K_GROUP": fmt.block[1],
     }  # fmt: skip
 
 
-def round_input(x: Tensor, fmt: NumberFormat, input_scale: Tensor | None) -> tuple[Tensor, Tensor]:
-    """reference/number_formats.quantize_activation with codes in bfloat16, which holds them all; scales [T, G], or the static one."""
-    rows, c = x.shape
-    width = fmt.block[1] or c
-    groups = triton.cdiv(c, width)
-    mantissa, least_exponent, _ = FLOAT8.get(fmt.element, (0, 0, 1.0))
-    codes = torch.empty((rows, c), dtype=torch.bfloat16, device=x.device)
-    static = fmt.scale == "static"
-    scales = input_scale if static and input_scale is not None else torch.empty((rows, groups), dtype=torch.float32, device=x.device)
-    integer = fmt.is_integer
-    round_input_kernel[(rows, groups)](
-        x, x.stride(0), codes, scales, scales, c, groups, (2.0**fmt.bits - 1) / 2 if integer else FLOAT8_MAX[fmt.element],
-        torch.finfo(torch.float32).eps if integer else LEAST_TOKEN_SCALE, WIDTH=width, STATIC=static, MANTISSA=mantissa,
-        LEAST=least_exponent, LARGEST=2.0 ** (fmt.bits - 1) - 1 if integer else FLOAT8_MAX[fmt.element],
-        BLOCK=triton.next_power_of_2(width),
-    )  # fmt: skip
-    return codes, scales
+def fitted(tile: Tile, scheme: Scheme, product: str) -> Tile:
+    """A tile of the flat GEMM whose inputs do not cross groups and whose codes fit the registers."""
+    weight = scheme.weight
+    straddling = product != "bytes" and 32 % weight.bits > 0  # codes over two words: both are read for each code
+    small = product == "float32" or straddling
+    k = min(tile.k, 32 if small else 64 if weight.zero != "none" else tile.k)
+    groups = [fmt.block[1] for fmt in (weight, scheme.activation) if fmt is not None and fmt.block[1]]
+    while product != "float32" and any(g % k for g in groups):
+        k //= 2
+    return replace(tile, k=k, num_stages=2 if small else tile.num_stages)
 
 
 class CodedLinear(DequantizedLinear):
-    """kernels/ops.Linear of every scheme with scales, in the buffer of the reference."""
+    """kernels/ops.Linear of every scheme with scales, in the buffer of the reference, but for integers that are multiplied as they stand:
+    those count from 0.
 
-    def __init__(self, spec: LinearSpec, tile: Tile) -> None:
+    choose: tokens -> what multiplies; None: the flat kernel always; the library where `library_obstacle` is empty alone. units: as
+    `product_of` takes them.
+    """
+
+    def __init__(
+        self, spec: LinearSpec, tiles: Sequence[Tile], units: Collection[str], choose: Callable[[int], Choice] | None = None
+    ) -> None:
         super().__init__(spec, _no_linear)
         weight, activation = self.scheme.weight, self.scheme.activation
         if weight.is_float or spec.gated:
@@ -209,43 +235,61 @@ class CodedLinear(DequantizedLinear):
             )
         if activation is not None and activation.is_float:
             raise Unsupported(f"inputs rounded to {activation.name} have no Triton kernel")
-        self.constants = weight_constants(weight)
-        groups = [g for g in (weight.block[1], activation.block[1] if activation else 0) if g]
-        self.wide = any(g % STEP for g in groups) or not (self.constants["ROUND"] or activation)
-        self.constants["ROUND"] |= activation is not None
-        straddling = 32 % weight.bits > 0  # codes over two words: both are read for each code
-        k = min(tile.k, 32 if self.wide or straddling else 64 if weight.zero != "none" else tile.k)  # more does not fit the registers
-        while not self.wide and any(g % k for g in groups):
-            k //= 2
-        self.tile = replace(tile, k=k, num_stages=2 if self.wide or straddling else tile.num_stages)
-        self.num_words = -(-spec.in_features * weight.bits // 32)
+        self.product = product_of(self.scheme, units)
+        self.constants = {**weight_constants(weight), "PRODUCT": self.product}
+        self.tiles = [fitted(tile, self.scheme, self.product) for tile in tiles]
         self.num_scales = weight.scale_shape(spec.out_features, spec.in_features)[1]
+        as_bytes = torch.int8 if weight.is_integer else FLOAT8_DTYPES[weight.element]
+        self.code_dtype = as_bytes if self.product == "bytes" else torch.int32
+        self.width = -(-spec.in_features * weight.bits // 32) * 4 // self.code_dtype.itemsize
+        self._offset = 128 if self.product == "bytes" and weight.is_integer else 0
+        self._choose = choose
+        self.rounding: Rounding | None = None
+        if activation is not None:
+            eight = {"bytes": as_bytes, "int8": torch.int8}
+            self.rounding = Rounding(activation, eight.get(self.product, torch.bfloat16))
+
+    def bind(self, buffer: Tensor) -> None:
+        super().bind(buffer)
+        if self.rounding is not None:
+            self.rounding.input_scale = self._stored.get("input_scale")
+
+    def pack(self, codes: Tensor) -> Tensor:
+        return super().pack(codes ^ self._offset)
+
+    def unpack(self, words: Tensor) -> Tensor:
+        return super().unpack(words) ^ self._offset
 
     def __call__(self, x: Tensor, out: Tensor | None = None) -> Tensor:
-        rows, (n, c) = x.shape[0], (self.spec.out_features, self.spec.in_features)
+        rows, n = x.shape[0], self.spec.out_features
         if out is None:
             out = torch.empty((rows, n), dtype=torch.float32, device=x.device)
         if not rows:
             return out
-        stored, tile = self._stored, self.tile
         if self.scheme.weight.permuted:
-            x = x.index_select(1, stored["order"])
-        x_scale, x_scales, x_group = x, 0, 0
-        if self.scheme.activation is not None:
-            x, x_scale = round_input(x, self.scheme.activation, stored.get("input_scale"))
-            x_scales = -1 if self.scheme.activation.scale == "static" else x_scale.shape[1]
-            x_group = self.scheme.activation.block[1]
-        splits = choose_splits(n, c, num_multiprocessors(x.device), tile)
-        per_split = triton.cdiv(triton.cdiv(c, splits), tile.k) * tile.k
+            x = x.index_select(1, self._stored["order"])
+        rounded = RoundedRows(x, None) if self.rounding is None else self.rounding(x)
+        choice = self._choose(rows) if self._choose is not None else self._filling(x.device)
+        if choice.kernel == "library":
+            return self._by_library(rounded, out)
+        return self._flat(rounded, out, choice)
+
+    def _filling(self, device: torch.device) -> Choice:
+        splits = choose_splits(self.spec.out_features, self.spec.in_features, num_multiprocessors(device), self.tiles[0])
+        return Choice("flat", 0, splits)
+
+    def _flat(self, x: RoundedRows, out: Tensor, choice: Choice) -> Tensor:
+        stored, tile, (n, c) = self._stored, self.tiles[choice.tile], (self.spec.out_features, self.spec.in_features)
+        rows, bias = x.codes.shape[0], stored.get("bias")
+        per_split = triton.cdiv(triton.cdiv(c, choice.splits), tile.k) * tile.k
         splits = triton.cdiv(c, per_split)
-        parts = out if splits == 1 else torch.empty((splits, rows, n), dtype=torch.float32, device=x.device)
+        parts = out if splits == 1 else torch.empty((splits, rows, n), dtype=torch.float32, device=out.device)
         block_t = min(MOST_ROWS, max(16, triton.next_power_of_2(rows)))
-        bias = stored.get("bias")
         coded_kernel[(triton.cdiv(n, tile.n), splits, triton.cdiv(rows, block_t))](
-            x, x.stride(0), x_scale, stored["codes"], stored["scale"], stored.get("zero", stored["scale"]),
-            stored["scale"] if bias is None else bias, parts, parts.stride(-2), rows, n, c, self.num_words, self.num_scales, per_split,
-            **self.constants, X_SCALES=x_scales, X_GROUP=x_group, WIDE=self.wide, HAS_BIAS=bias is not None and splits == 1, SPLITS=splits,
-            BLOCK_T=block_t, BLOCK_N=tile.n, BLOCK_K=tile.k, **tile.launch,
+            x.codes, x.codes.stride(0), x.codes if x.scales is None else x.scales, stored["codes"].view(self.code_dtype), stored["scale"],
+            stored.get("zero", stored["scale"]), stored["scale"] if bias is None else bias, parts, parts.stride(-2), rows, n, c, self.width,
+            self.num_scales, per_split, **self.constants, **x_constants(self.rounding, x), HAS_BIAS=bias is not None and splits == 1,
+            SPLITS=splits, BLOCK_T=block_t, BLOCK_N=tile.n, BLOCK_K=tile.k, **tile.launch,
         )  # fmt: skip
         if splits > 1:
             block = min(1024, triton.next_power_of_2(n))
@@ -254,15 +298,52 @@ class CodedLinear(DequantizedLinear):
             )
         return out
 
+    def _by_library(self, x: RoundedRows, out: Tensor) -> Tensor:
+        """torch._scaled_mm with scales of 1 and sums in float32: what it rounds to by scales of rows is bfloat16."""
+        (rows, c), n, bias = x.codes.shape, self.spec.out_features, self._stored.get("bias")
+        one = torch.ones((), dtype=torch.float32, device=out.device)
+        weight = self._stored["codes"].view(self.code_dtype).view(n, c)
+        sums = torch._scaled_mm(x.codes, weight.T, scale_a=one, scale_b=one, out_dtype=torch.float32)
+        block = min(1024, triton.next_power_of_2(n))
+        scale_kernel[(rows, triton.cdiv(n, block))](
+            sums, x.scales, self._stored["scale"], sums if bias is None else bias, out, out.stride(0), n,
+            N_BLOCK=self.scheme.weight.block[0], HAS_BIAS=bias is not None, BLOCK=block,
+        )  # fmt: skip
+        return out
+
+
+def x_constants(rounding: Rounding | None, x: RoundedRows) -> dict[str, int]:
+    """What the kernels are compiled for, of an input."""
+    if rounding is None or x.scales is None:
+        return {"X_SCALES": 0, "X_GROUP": 0}
+    return {"X_SCALES": x.scales.shape[1], "X_GROUP": rounding.fmt.block[1]}
+
+
+def library_obstacle(spec: LinearSpec, units: Collection[str]) -> str:
+    """Why torch._scaled_mm cannot multiply a linear; empty where it can."""
+    scheme = Scheme.parse(spec.scheme)
+    if product_of(scheme, units) != "bytes" or scheme.weight.is_integer:
+        return "it takes float8 by float8, where matrix units do"
+    if scheme.weight.scale not in ("tensor", "channel") or (scheme.activation is not None and scheme.activation.scale == "group"):
+        return "it takes one scale for a row, not several inside a sum"
+    if spec.in_features % LIBRARY_STEP or spec.out_features % LIBRARY_STEP:
+        return f"it takes multiples of {LIBRARY_STEP}, not {spec.out_features} x {spec.in_features}"
+    return ""
+
 
 def _no_linear(spec: LinearSpec) -> Any:
     raise Unsupported(f"no linear in {spec.scheme} is needed here")
 
 
-def method(scheme: str) -> str:
+def method(scheme: str, units: Collection[str]) -> str:
     """How a linear of a scheme is computed, in words."""
     parsed = Scheme.parse(scheme)
     groups = [fmt.block[1] for fmt in (parsed.weight, parsed.activation) if fmt is not None and fmt.block[1] % STEP]
     if groups:
         return f"dequantized in registers, multiplied in float32: groups of {groups[0]} inputs do not fill {STEP}"
-    return "codes widened in registers, multiplied in bfloat16"
+    product = product_of(parsed, units)
+    if product == "bytes":
+        return f"{parsed.weight.element} multiplied as it stands"
+    if product == "float32":
+        return "dequantized in registers, multiplied in float32"
+    return f"codes widened in registers, multiplied in {product}"
