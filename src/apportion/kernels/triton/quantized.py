@@ -73,6 +73,27 @@ def _dot(values, seen, sums):
 
 
 @triton.jit
+def _widen(codes, zero, MANTISSA: tl.constexpr, FACTOR: tl.constexpr, dtype: tl.constexpr):
+    """Codes as int8 where the input is, else as bfloat16."""
+    if dtype == tl.int8:
+        return (codes - zero.to(tl.int32)).to(tl.int8)
+    else:
+        return _decode(codes, zero, MANTISSA, FACTOR).to(tl.bfloat16)
+
+
+@triton.jit
+def _dequantize(codes, scale, zero, inside, BITS: tl.constexpr, MANTISSA: tl.constexpr, FACTOR: tl.constexpr, ZERO: tl.constexpr):
+    """Codes [N, K] as float32; scale and zero point at those of each."""
+    base = 0 if ZERO == 2 else 1 << (BITS - 1)
+    if ZERO == 1:
+        base = tl.load(zero, mask=inside, other=0).to(tl.float32)
+    values = _decode(codes, base, MANTISSA, FACTOR) * tl.load(scale, mask=inside, other=0.0).to(tl.float32)
+    if ZERO == 2:
+        values += tl.load(zero, mask=inside, other=0.0).to(tl.float32)
+    return values
+
+
+@triton.jit
 def coded_sums(
     x, x_stride, x_rows, inside_t, x_scale, codes, scale, zero, outputs, n, first, last, width, num_scales,
     BITS: tl.constexpr, MANTISSA: tl.constexpr, FACTOR: tl.constexpr, ZERO: tl.constexpr, N_BLOCK: tl.constexpr, K_GROUP: tl.constexpr,
@@ -98,12 +119,8 @@ def coded_sums(
         seen = tl.load(x + x_rows[None, :] * x_stride + (k + inner)[:, None], mask=inside_k[:, None] & inside_t[None, :], other=0.0)
         if PRODUCT == "float32":
             group = s_place[:, None] + ((k + inner) // K_GROUP if K_GROUP > 0 else inner * 0)[None, :]
-            mask = inside_n[:, None] & inside_k[None, :]
-            base = tl.load(zero + group, mask=mask, other=0).to(tl.float32) if ZERO == 1 else middle[:, None]
             ints = _unpack(place, inside_n, k, width, BITS, BLOCK_N, BLOCK_K)
-            wide = _decode(ints, base, MANTISSA, FACTOR) * tl.load(scale + group, mask=mask, other=0.0).to(tl.float32)
-            if ZERO == 2:
-                wide += tl.load(zero + group, mask=mask, other=0.0).to(tl.float32)
+            wide = _dequantize(ints, scale + group, zero + group, inside_n[:, None] & inside_k[None, :], BITS, MANTISSA, FACTOR, ZERO)
             seen = seen.to(tl.float32)
             if X_SCALES > 1:
                 at = x_rows[None, :] * X_SCALES + ((k + inner) // X_GROUP)[:, None]
@@ -116,16 +133,12 @@ def coded_sums(
             else:
                 base = tl.load(zero + group, mask=inside_n, other=0).to(tl.float32) if ZERO == 1 else middle
                 ints = _unpack(place, inside_n, k, width, BITS, BLOCK_N, BLOCK_K)
-                if PRODUCT == "int8":
-                    values = (ints - base.to(tl.int32)[:, None]).to(tl.int8)
-                else:
-                    values = _decode(ints, base[:, None], MANTISSA, FACTOR).to(tl.bfloat16)
-                    seen = seen.to(tl.bfloat16)
+                values = _widen(ints, base[:, None], MANTISSA, FACTOR, seen.dtype)
+                seen = seen.to(values.dtype)
             if GROUPED:
                 part = _dot(values, seen, none).to(tl.float32) * tl.load(scale + group, mask=inside_n, other=0.0).to(tl.float32)[:, None]
                 if ZERO == 2:
-                    least = tl.load(zero + group, mask=inside_n, other=0.0).to(tl.float32)
-                    part += least[:, None] * tl.sum(seen.to(tl.float32), axis=0)[None, :]
+                    part += tl.load(zero + group, mask=inside_n, other=0.0).to(tl.float32)[:, None] * tl.sum(seen.to(tl.float32), axis=0)
                 if X_SCALES > 1:
                     part *= tl.load(x_scale + x_rows * X_SCALES + k // X_GROUP, mask=inside_t, other=0.0)[None, :]
                 sums += part
@@ -136,7 +149,7 @@ def coded_sums(
     scaled = sums.to(tl.float32)
     if X_SCALES == 1:
         factor = tl.load(x_scale + x_rows, mask=inside_t, other=0.0)
-        scaled, x_sums = scaled * factor[None, :], x_sums * factor
+        scaled, x_sums = scaled * factor, x_sums * factor
     if PRODUCT != "float32" and not GROUPED:
         scaled *= tl.load(scale + s_place, mask=inside_n, other=0.0).to(tl.float32)[:, None]
         if ZERO == 2:
