@@ -101,7 +101,6 @@ def coded_sums(
     BLOCK_K: tl.constexpr,
 ):  # fmt: skip
     """sums [BLOCK_N, BLOCK_T] over inputs [first, last), scales applied. codes [N, width]: words, or with PRODUCT 'bytes' 8-bit numbers.
-
     scale, zero [.., num_scales]. N_BLOCK, K_GROUP: outputs and inputs that share a scale, 0 for all. X_SCALES: of a row of x, 0 where it
     is not rounded. X_GROUP: inputs that share one of several. PRODUCT: `product_of`.
     """
@@ -153,7 +152,7 @@ def coded_sums(
     if PRODUCT != "float32" and not GROUPED:
         scaled *= tl.load(scale + s_place, mask=inside_n, other=0.0).to(tl.float32)[:, None]
         if ZERO == 2:
-            scaled += tl.load(zero + s_place, mask=inside_n, other=0.0).to(tl.float32)[:, None] * x_sums[None, :]
+            scaled += tl.load(zero + s_place, mask=inside_n, other=0.0).to(tl.float32)[:, None] * x_sums
     return scaled
 
 
