@@ -1,32 +1,42 @@
 """Holds the serving simulator to the engine on this machine: traffic is predicted before it is served.
 
-    python recipes/validate_serving_simulator.py [--out benchmarks/results/simulator-serving.json] [--seconds 8]
+    python recipes/validate_serving_simulator.py [--model FOLDER] [--out benchmarks/results/simulator-serving.json] [--seconds 8]
 
-The engine runs batches of several sizes; `StepFit` learns from them what a step costs. Poisson traffic at shares of the capacity that the
-simulator finds is then simulated, and served for real: errors of single steps, of the median latency and of its 99th percentile.
+For each share of the capacity that the simulator finds: the engine serves calibration traffic (batches of several sizes and Poisson
+arrivals, its own seeds and another rate), `StepFit` learns from it what a step costs, other traffic is simulated, and then served for
+real, twice: the difference of the two rounds is the noise. Errors of single steps, of the median latency and of its 99th percentile.
+
+The engine is in the state of one that has run for a while: its KV memory has been used once (the first touch of a huge page costs a step
+milliseconds), and Python's garbage collector no longer walks what was there at the start (a full collection stops a step for 0.1 s).
 """
 
 from __future__ import annotations
 
 import argparse
+import gc
 import json
 import os
 import random
 import statistics
+import subprocess
+import sys
 import time
-from collections import deque
-from dataclasses import replace
+from collections import defaultdict, deque
+from dataclasses import dataclass
 from pathlib import Path
 
 from apportion import LLM
 from apportion.core.request import Request
 from apportion.core.sampling_params import SamplingParams
-from apportion.simulator.executor import Arrival, BatchReader, serve
-from apportion.simulator.serving import StepFit
+from apportion.platforms.cpu import processor_name
+from apportion.simulator.executor import Arrival, BatchReader, Workday, serve
+from apportion.simulator.serving import Row, StepFit
 
 LOADS = (0.3, 0.5, 0.7)  # of the rate at which the simulated engine keeps up
-BATCHES = (1, 2, 3, 4, 6, 8, 12, 16)
+CALIBRATION_LOAD = 0.6
+BATCHES = (1, 2, 4, 8)
 PROMPT, OUTPUT = (32, 256), (8, 48)  # tokens, evenly drawn
+KV_BYTES = 256 << 20
 IDLE_S = 2e-3  # the engine waited for work, not for itself
 
 
@@ -55,79 +65,130 @@ class Recorder:
         return getattr(self.executor, name)
 
 
-def drawn(count, rate, seed, vocab):
-    """Poisson arrivals of random prompts; rate 0: all at once."""
-    draw, at, arrivals = random.Random(seed), 0.0, []
+def drawn(count, rate, seed, vocab, text=0):
+    """Poisson arrivals of random prompts; rate 0: all at once. text: the same arrivals and lengths with other tokens."""
+    draw, tokens, at, arrivals = random.Random(seed), random.Random(f"{seed}-{text}"), 0.0, []
     for _ in range(count):
-        tokens = [draw.randrange(10, vocab) for _ in range(draw.randint(*PROMPT))]
-        arrivals.append(Arrival(at, len(tokens), draw.randint(*OUTPUT), tokens))
+        prompt = [tokens.randrange(10, vocab) for _ in range(draw.randint(*PROMPT))]
+        arrivals.append(Arrival(at, len(prompt), draw.randint(*OUTPUT), prompt))
         at += draw.expovariate(rate) if rate else 0.0
     return arrivals
 
 
-def really(llm, arrivals):
-    """Serve them as they come; seconds from arrival to the end of each."""
-    engine, name = llm.engine, llm.config.models[0].name
-    waiting, inside, latencies, begun = deque(arrivals), {}, [], time.perf_counter()
-    while waiting or inside:
-        now = time.perf_counter() - begun
-        while waiting and waiting[0].at_s <= now:
-            arrival = waiting.popleft()
-            params = SamplingParams(max_tokens=arrival.output_len, ignore_eos=True, temperature=0.0, detokenize=False)
-            request = Request(f"{id(arrivals)}-{len(waiting)}", name, list(arrival.token_ids), params)
-            inside[request.request_id] = arrival
-            engine.add_request(request)
-        if not inside:
-            time.sleep(max(0.0, waiting[0].at_s - now))
-            continue
-        for update in engine.step(0.05):
-            if update.request.is_finished:
-                latencies.append(time.perf_counter() - begun - inside.pop(update.request.request_id).at_s)
-    return latencies
+@dataclass
+class Bench:
+    """An engine that is served requests, and simulated."""
+
+    llm: LLM
+
+    def __post_init__(self):
+        self.engine, self.name = self.llm.engine, self.llm.config.models[0].name
+        self.model, self.num_requests = self.engine.models[self.name], 0
+        self.vocab = self.model.spec.vocab
+        lane = self.engine.lanes[0]
+        self.recorder = lane.executor = Recorder(lane.executor)
+
+    def really(self, arrivals) -> tuple[list[float], list[tuple[list[Row], float]]]:
+        """Serve them as they come: seconds from arrival to the end of each, and the steps."""
+        waiting, inside, latencies, begun = deque(arrivals), {}, [], time.perf_counter()
+        self.recorder.steps = []
+        while waiting or inside:
+            now = time.perf_counter() - begun
+            while waiting and waiting[0].at_s <= now:
+                arrival, self.num_requests = waiting.popleft(), self.num_requests + 1
+                params = SamplingParams(max_tokens=arrival.output_len, ignore_eos=True, temperature=0.0, detokenize=False)
+                inside[name := str(self.num_requests)] = arrival
+                self.engine.add_request(Request(name, self.name, list(arrival.token_ids), params))
+            if not inside:
+                time.sleep(max(0.0, waiting[0].at_s - now))
+                continue
+            for update in self.engine.step(0.05):
+                if update.request.is_finished:
+                    latencies.append(time.perf_counter() - begun - inside.pop(update.request.request_id).at_s)
+        return latencies, self.recorder.steps
+
+    def simulated(self, arrivals, fit) -> Workday:
+        config = self.llm.config
+        depth = self.engine.lanes[0].config.depth
+        kv = self.llm.memory_plan.kv_cache
+        return serve(arrivals, self.model.spec, fit, kv, scheduler=config.scheduler, cache=config.cache, depth=depth)
+
+    def warm(self) -> None:
+        """Use the whole KV memory once."""
+        tokens = KV_BYTES // sum(group.block_bytes // group.block_size for group in self.model.kv_groups)
+        draw, length = random.Random(0), 512
+        for _ in range(-(-tokens // length) + 1):
+            self.really([Arrival(0.0, length, 1, [draw.randrange(10, self.vocab) for _ in range(length)])])
+        gc.collect()
+        gc.freeze()
+
+    def calibrate(self, seed, rate=0.0, seconds=0.0) -> StepFit:
+        """Batches, and traffic where a rate is known."""
+        steps = []
+        for count in BATCHES:
+            steps += self.really(drawn(count, 0.0, 1000 * seed + count, self.vocab))[1]
+        if rate:
+            steps += self.really(drawn(max(8, round(rate * seconds)), rate, 1000 * seed, self.vocab))[1]
+        return StepFit.of(steps)
 
 
 def percentiles(latencies):
     ordered = sorted(latencies)
-    return {f"p{q}_s": ordered[min(len(ordered) - 1, round(q / 100 * (len(ordered) - 1)))] for q in (50, 99)}
+    return {f"p{q}": ordered[min(len(ordered) - 1, round(q / 100 * (len(ordered) - 1)))] for q in (50, 99)}
+
+
+def step_errors(fit, steps):
+    """Of single steps; of their sum; and how far a step is from the median of those that decode as many requests: what no model can tell."""
+    errors = [fit.step(rows).seconds / seconds - 1 for rows, seconds in steps]
+    alike = defaultdict(list)
+    for rows, seconds in steps:
+        if all(row.tokens == 1 for row in rows):
+            alike[len(rows)].append(seconds)
+    noise = [abs(statistics.median(times) / s - 1) for times in alike.values() if len(times) > 4 for s in times]
+    return {
+        "step_error": statistics.mean(map(abs, errors)),
+        "median_step_error": statistics.median(map(abs, errors)),
+        "sum_of_steps_error": sum(fit.step(rows).seconds for rows, _ in steps) / sum(s for _, s in steps) - 1,
+        "noise_of_like_decode_steps": statistics.mean(noise) if noise else None,
+    }
+
+
+def validate(bench, seconds):
+    """One row per load, printed as soon as it is known."""
+    bench.warm()
+    first = bench.calibrate(99)
+    capacity = 200 / bench.simulated(drawn(200, 0.0, 7, bench.vocab), first).seconds
+    for load in LOADS:
+        rate = load * capacity
+        fit = bench.calibrate(round(10 * load), CALIBRATION_LOAD * capacity, seconds / 2)
+        arrivals = [drawn(max(20, round(rate * seconds)), rate, round(100 * load), bench.vocab, text) for text in (0, 1)]
+        day = bench.simulated(arrivals[0], fit)
+        predicted = percentiles([s.latency for s in day.served])
+        row = {"load": load, "requests_per_s": rate, "requests": len(day.served), "predicted_busy": day.busy / day.seconds}
+        row |= {"extrapolated": day.extrapolated, "calibration_spread": fit.spread, "predicted_s": predicted}
+        row |= {"predicted_at": time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime())}
+        rounds = [bench.really(each) for each in arrivals]
+        measured = [percentiles(latencies) for latencies, _ in rounds]
+        row |= {"measured_s": measured, "steps": [len(steps) for _, steps in rounds]}
+        row |= step_errors(fit, [step for _, steps in rounds for step in steps])
+        for key, value in predicted.items():
+            row[f"{key}_error"] = value / statistics.mean(m[key] for m in measured) - 1
+            row[f"{key}_rounds_differ"] = abs(measured[0][key] - measured[1][key]) / statistics.mean(m[key] for m in measured)
+        print(json.dumps(row), flush=True)
+        yield row
 
 
 def main():
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--model", help="a checkpoint folder; the bundled model unless given")
     parser.add_argument("--out", type=Path, default=Path("benchmarks/results/simulator-serving.json"))
-    parser.add_argument("--seconds", type=float, default=8.0, help="of traffic at each load")
+    parser.add_argument("--seconds", type=float, default=8.0, help="of traffic at each load and round")
     args = parser.parse_args()
-    with LLM(num_threads=os.cpu_count()) as llm:
-        model = llm.engine.models[llm.config.models[0].name]
-        recorder = llm.engine.lanes[0].executor = Recorder(llm.engine.lanes[0].executor)
-        really(llm, drawn(4, 0.0, 99, model.spec.vocab))  # warm
-        recorder.steps.clear()
-        for seed, count in enumerate(BATCHES):
-            really(llm, drawn(count, 0.0, seed, model.spec.vocab))
-        fit = StepFit.of(recorder.steps)
-
-        def simulated(arrivals):
-            config = llm.config
-            return serve(arrivals, model.spec, fit, llm.memory_plan.kv_cache, scheduler=config.scheduler, cache=config.cache, depth=1)
-
-        full = simulated(drawn(200, 0.0, 7, model.spec.vocab))
-        traffic = {}
-        for load in LOADS:
-            rate = load * 200 / full.seconds
-            traffic[load] = drawn(max(20, round(rate * args.seconds)), rate, int(100 * load), model.spec.vocab)
-        days = {load: simulated(arrivals) for load, arrivals in traffic.items()}
-        predicted = {load: percentiles([s.latency for s in day.served]) for load, day in days.items()}
-        result = {"cores": os.cpu_count(), "steps_calibrated": len(recorder.steps), "spread": fit.spread, "loads": []}
-        result["predicted_at"] = time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime())
-        for load, arrivals in traffic.items():
-            recorder.steps.clear()
-            measured = percentiles(really(llm, [replace(a) for a in arrivals]))
-            errors = [fit.step(rows).seconds / seconds - 1 for rows, seconds in recorder.steps]
-            row = {"load": load, "requests": len(arrivals), "steps": len(errors), "extrapolated": days[load].extrapolated}
-            row |= {"step_error": statistics.mean(map(abs, errors)), "step_bias": statistics.mean(errors)}
-            for key, value in predicted[load].items():
-                row |= {f"predicted_{key}": value, f"measured_{key}": measured[key], f"error_{key}": value / measured[key] - 1}
-            result["loads"].append(row)
-            print(json.dumps(row))
+    commit = subprocess.run(["git", "describe", "--always", "--dirty"], capture_output=True, text=True, check=True).stdout.strip()
+    with LLM(args.model, num_threads=os.cpu_count(), kv_cache_memory=KV_BYTES) as llm:
+        bench = Bench(llm)
+        result = {"machine": {"processor": processor_name(), "cores": os.cpu_count()}, "commit": commit, "command": " ".join(sys.argv)}
+        result |= {"model": bench.name, "loads": list(validate(bench, args.seconds))}
     args.out.write_text(json.dumps(result, indent=1) + "\n")
 
 

@@ -26,6 +26,7 @@ from apportion.simulator.topology import Device, Topology
 KV_UTILIZATION, BLOCK = 0.9, 16
 EXTRAPOLATED = "extrapolated"
 WIDEST = 65536
+FOLDS, ROUNDS = 8, 4  # of a fit of steps
 
 
 @dataclass(frozen=True)
@@ -233,7 +234,7 @@ def experts_touched(num_experts: int, top_k: int, tokens: int) -> float:
 
 @dataclass(frozen=True)
 class StepFit:
-    """Steps of one engine, fitted: seconds = weights . features of a batch, every weight at least zero.
+    """Steps of one engine, fitted: mean seconds = weights . features of a batch, every weight at least zero.
 
     Features: a step, each token, each row, each sampled row, each pair of a token and what it attends to, rounds of 8 tokens. hull: largest
     of each that was measured; spread: root mean square of the relative left-out errors.
@@ -249,12 +250,11 @@ class StepFit:
         if len(measured) < len(features([Row(1, 0)])) + 2:
             raise InvalidParameter(f"{len(measured)} measured steps are too few to fit {len(features([Row(1, 0)]))} features")
         x, y = np.array([features(rows) for rows, _ in measured]), np.array([seconds for _, seconds in measured])
-        errors = []
-        for i in range(len(y)):
-            keep = np.arange(len(y)) != i
-            errors.append(float(x[i] @ _non_negative(x[keep], y[keep]) / y[i] - 1))
-        weights = _non_negative(x, y)
-        return cls(tuple(weights.tolist()), tuple(x.max(0).tolist()), math.sqrt(sum(e * e for e in errors) / len(errors)))
+        part, errors = np.arange(len(y)) % FOLDS, np.zeros(len(y))
+        for fold in range(FOLDS):
+            out = part == fold
+            errors[out] = x[out] @ _fitted(x[~out], y[~out]) / y[out] - 1
+        return cls(tuple(_fitted(x, y).tolist()), tuple(x.max(0).tolist()), math.sqrt(float(np.mean(errors**2))))
 
     def step(self, rows: Sequence[Row]) -> StepCost:
         found = features(rows)
@@ -270,12 +270,21 @@ def features(rows: Sequence[Row]) -> list[float]:
     return [1.0, float(tokens), float(len(rows)), float(sum(r.samples for r in rows)), pairs, float(math.ceil(tokens / 8))]
 
 
-def _non_negative(x: npt.NDArray[np.float64], y: npt.NDArray[np.float64]) -> npt.NDArray[np.float64]:
-    """Least squares of relative errors with weights of at least zero: columns whose weight is negative are dropped, worst first."""
-    rows, kept = x / y[:, None], list(range(x.shape[1]))
+def _fitted(x: npt.NDArray[np.float64], y: npt.NDArray[np.float64]) -> npt.NDArray[np.float64]:
+    """Weights of the mean. Errors count relative to what is predicted: relative to what was measured, slow steps would count for less than
+    fast ones, and the fit would fall below the mean by twice the noise's variance."""
+    weights = _non_negative(x, y, y)
+    for _ in range(ROUNDS):
+        weights = _non_negative(x, y, np.maximum(x @ weights, y.min()))
+    return weights
+
+
+def _non_negative(x: npt.NDArray[np.float64], y: npt.NDArray[np.float64], unit: npt.NDArray[np.float64]) -> npt.NDArray[np.float64]:
+    """Least squares of (x . weights - y) / unit with weights of at least zero: columns whose weight is negative are dropped, worst first."""
+    rows, kept = x / unit[:, None], list(range(x.shape[1]))
     scale = rows.max(0)
     while True:
-        found = np.linalg.lstsq(rows[:, kept] / scale[kept], np.ones(len(y)), rcond=None)[0]
+        found = np.linalg.lstsq(rows[:, kept] / scale[kept], y / unit, rcond=None)[0]
         if (found >= 0).all() or len(kept) == 1:
             break
         kept.pop(int(found.argmin()))
