@@ -2,9 +2,10 @@
 
     python recipes/validate_serving_simulator.py [--model FOLDER] [--out benchmarks/results/simulator-serving.json] [--seconds 8]
 
-For each share of the capacity that the simulator finds: the engine serves calibration traffic (batches of several sizes and Poisson
-arrivals, its own seeds and another rate), `StepFit` learns from it what a step costs, other traffic is simulated, and then served for
-real, twice: the difference of the two rounds is the noise. Errors of single steps, of the median latency and of its 99th percentile.
+Capacity is the rate at which the engine gets through requests that come all at once, measured. For each share of it the engine serves
+calibration traffic (batches of several sizes and Poisson arrivals, its own seeds and another rate), `StepFit` learns from it what a step
+costs, other traffic is simulated, and then served for real, twice: the difference of the two rounds is the noise. Errors of single steps,
+of the median latency and of its 99th percentile.
 
 The engine is in the state of one that has run for a while: its KV memory has been used once (the first touch of a huge page costs a step
 milliseconds), and Python's garbage collector no longer walks what was there at the start (a full collection stops a step for 0.1 s).
@@ -32,7 +33,8 @@ from apportion.platforms.cpu import processor_name
 from apportion.simulator.executor import Arrival, BatchReader, Workday, serve
 from apportion.simulator.serving import Row, StepFit
 
-LOADS = (0.3, 0.5, 0.7)  # of the rate at which the simulated engine keeps up
+LOADS = (0.3, 0.5, 0.7)  # of the capacity
+CROWD = 64  # requests at once, to measure it
 CALIBRATION_LOAD = 0.6
 BATCHES = (1, 2, 4, 8)
 PROMPT, OUTPUT = (32, 256), (8, 48)  # tokens, evenly drawn
@@ -122,13 +124,11 @@ class Bench:
         gc.collect()
         gc.freeze()
 
-    def calibrate(self, seed, rate=0.0, seconds=0.0) -> StepFit:
-        """Batches, and traffic where a rate is known."""
-        steps = []
+    def calibrate(self, seed, rate, seconds) -> StepFit:
+        """Batches, and traffic."""
+        steps = self.really(drawn(max(8, round(rate * seconds)), rate, 1000 * seed, self.vocab))[1]
         for count in BATCHES:
             steps += self.really(drawn(count, 0.0, 1000 * seed + count, self.vocab))[1]
-        if rate:
-            steps += self.really(drawn(max(8, round(rate * seconds)), rate, 1000 * seed, self.vocab))[1]
         return StepFit.of(steps)
 
 
@@ -156,8 +156,7 @@ def step_errors(fit, steps):
 def validate(bench, seconds):
     """One row per load, printed as soon as it is known."""
     bench.warm()
-    first = bench.calibrate(99)
-    capacity = 200 / bench.simulated(drawn(200, 0.0, 7, bench.vocab), first).seconds
+    capacity = CROWD / max(bench.really(drawn(CROWD, 0.0, 7, bench.vocab))[0])
     for load in LOADS:
         rate = load * capacity
         fit = bench.calibrate(round(10 * load), CALIBRATION_LOAD * capacity, seconds / 2)
@@ -188,7 +187,7 @@ def main():
     with LLM(args.model, num_threads=os.cpu_count(), kv_cache_memory=KV_BYTES) as llm:
         bench = Bench(llm)
         result = {"machine": {"processor": processor_name(), "cores": os.cpu_count()}, "commit": commit, "command": " ".join(sys.argv)}
-        result |= {"model": bench.name, "loads": list(validate(bench, args.seconds))}
+        result |= {"model": Path(bench.name).name, "loads": list(validate(bench, args.seconds))}
     args.out.write_text(json.dumps(result, indent=1) + "\n")
 
 
