@@ -3,9 +3,9 @@
     python recipes/validate_serving_simulator.py [--model FOLDER] [--out benchmarks/results/simulator-serving.json] [--seconds 8]
 
 Capacity is the rate at which the engine gets through requests that come all at once, measured. For each share of it the engine serves
-calibration traffic (batches of several sizes and Poisson arrivals, its own seeds and another rate), `StepFit` learns from it what a step
-costs, other traffic is simulated, and then served for real, twice: the difference of the two rounds is the noise. Errors of single steps,
-of the median latency and of its 99th percentile.
+calibration traffic (Poisson arrivals and two batches, its own seeds and another rate), `StepFit` learns from it what a step costs, other
+traffic is simulated, and then served for real, twice: the difference of the two rounds is the noise. Errors of single steps, of the median
+latency and of its 99th percentile.
 
 The engine is in the state of one that has run for a while: its KV memory has been used once (the first touch of a huge page costs a step
 milliseconds), and Python's garbage collector no longer walks what was there at the start (a full collection stops a step for 0.1 s).
@@ -26,6 +26,8 @@ from collections import defaultdict, deque
 from dataclasses import dataclass
 from pathlib import Path
 
+import psutil
+
 from apportion import LLM
 from apportion.core.request import Request
 from apportion.core.sampling_params import SamplingParams
@@ -34,9 +36,10 @@ from apportion.simulator.executor import Arrival, BatchReader, Workday, serve
 from apportion.simulator.serving import Row, StepFit
 
 LOADS = (0.3, 0.5, 0.7)  # of the capacity
+PARTS = 4
 CROWD = 64  # requests at once, to measure it
 CALIBRATION_LOAD = 0.6
-BATCHES = (1, 2, 4, 8)
+BATCHES = (2, 6)
 PROMPT, OUTPUT = (32, 256), (8, 48)  # tokens, evenly drawn
 KV_BYTES = 256 << 20
 IDLE_S = 2e-3  # the engine waited for work, not for itself
@@ -137,20 +140,55 @@ def percentiles(latencies):
     return {f"p{q}": ordered[min(len(ordered) - 1, round(q / 100 * (len(ordered) - 1)))] for q in (50, 99)}
 
 
-def step_errors(fit, steps):
-    """Of single steps; of their sum; and how far a step is from the median of those that decode as many requests: what no model can tell."""
-    errors = [fit.step(rows).seconds / seconds - 1 for rows, seconds in steps]
+def step_errors(served):
+    """served: (fit, steps) of each part. Of single steps; of their sum; and how far a step is from the median of those that decode as many
+    requests: what no model can tell."""
+    pairs = [(fit.step(rows).seconds, seconds) for fit, steps in served for rows, seconds in steps]
+    errors = [abs(predicted / seconds - 1) for predicted, seconds in pairs]
     alike = defaultdict(list)
-    for rows, seconds in steps:
+    for rows, seconds in (step for _, steps in served for step in steps):
         if all(row.tokens == 1 for row in rows):
             alike[len(rows)].append(seconds)
     noise = [abs(statistics.median(times) / s - 1) for times in alike.values() if len(times) > 4 for s in times]
     return {
-        "step_error": statistics.mean(map(abs, errors)),
-        "median_step_error": statistics.median(map(abs, errors)),
-        "sum_of_steps_error": sum(fit.step(rows).seconds for rows, _ in steps) / sum(s for _, s in steps) - 1,
+        "step_error": statistics.mean(errors),
+        "median_step_error": statistics.median(errors),
+        "sum_of_steps_error": sum(p for p, _ in pairs) / sum(s for _, s in pairs) - 1,
         "noise_of_like_decode_steps": statistics.mean(noise) if noise else None,
     }
+
+
+def cores_of_others():
+    """Seconds that cores have spent on anything but this process."""
+    times = psutil.cpu_times()
+    return sum(times) - times.idle - times.iowait - times.guest - times.guest_nice - time.process_time()
+
+
+def one_load(bench, load, capacity, seconds):
+    """The machine's speed drifts within seconds, so traffic comes in parts, each calibrated and predicted just before it is served."""
+    rate, served = load * capacity, []
+    predicted, rounds, busy, beyond = [], ([], []), [], 0
+    others, begun = cores_of_others(), time.perf_counter()
+    for part in range(PARTS):
+        seed = round(100 * load) + part
+        fit = bench.calibrate(1000 + seed, CALIBRATION_LOAD * capacity, seconds / PARTS / 2)
+        arrivals = [drawn(max(4, round(rate * seconds / PARTS)), rate, seed, bench.vocab, text) for text in (0, 1)]
+        day = bench.simulated(arrivals[0], fit)
+        predicted += [s.latency for s in day.served]
+        busy.append(day.busy / day.seconds)
+        beyond += day.extrapolated
+        for latencies, each in zip(rounds, arrivals, strict=True):
+            found, steps = bench.really(each)
+            latencies += found
+            served.append((fit, steps))
+    row = {"load": load, "requests_per_s": rate, "requests": len(predicted), "steps": sum(len(steps) for _, steps in served)}
+    row |= {"predicted_busy": statistics.mean(busy), "extrapolated": beyond, "spread": fit.spread}
+    row |= {"cores_used_by_others": (cores_of_others() - others) / (time.perf_counter() - begun)}
+    row |= {"predicted_s": percentiles(predicted), "measured_s": [percentiles(latencies) for latencies in rounds]} | step_errors(served)
+    for key, value in row["predicted_s"].items():
+        first, second = (m[key] for m in row["measured_s"])
+        row |= {f"{key}_error": 2 * value / (first + second) - 1, f"{key}_rounds_differ": 2 * abs(first - second) / (first + second)}
+    return row
 
 
 def validate(bench, seconds):
@@ -158,23 +196,8 @@ def validate(bench, seconds):
     bench.warm()
     capacity = CROWD / max(bench.really(drawn(CROWD, 0.0, 7, bench.vocab))[0])
     for load in LOADS:
-        rate = load * capacity
-        fit = bench.calibrate(round(10 * load), CALIBRATION_LOAD * capacity, seconds / 2)
-        arrivals = [drawn(max(20, round(rate * seconds)), rate, round(100 * load), bench.vocab, text) for text in (0, 1)]
-        day = bench.simulated(arrivals[0], fit)
-        predicted = percentiles([s.latency for s in day.served])
-        row = {"load": load, "requests_per_s": rate, "requests": len(day.served), "predicted_busy": day.busy / day.seconds}
-        row |= {"extrapolated": day.extrapolated, "calibration_spread": fit.spread, "predicted_s": predicted}
-        row |= {"predicted_at": time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime())}
-        rounds = [bench.really(each) for each in arrivals]
-        measured = [percentiles(latencies) for latencies, _ in rounds]
-        row |= {"measured_s": measured, "steps": [len(steps) for _, steps in rounds]}
-        row |= step_errors(fit, [step for _, steps in rounds for step in steps])
-        for key, value in predicted.items():
-            row[f"{key}_error"] = value / statistics.mean(m[key] for m in measured) - 1
-            row[f"{key}_rounds_differ"] = abs(measured[0][key] - measured[1][key]) / statistics.mean(m[key] for m in measured)
+        yield (row := one_load(bench, load, capacity, seconds))
         print(json.dumps(row), flush=True)
-        yield row
 
 
 def main():

@@ -280,7 +280,7 @@ def _fitted(x: npt.NDArray[np.float64], y: npt.NDArray[np.float64]) -> npt.NDArr
 
 
 def _non_negative(x: npt.NDArray[np.float64], y: npt.NDArray[np.float64], unit: npt.NDArray[np.float64]) -> npt.NDArray[np.float64]:
-    """Least squares of (x . weights - y) / unit with weights of at least zero: columns whose weight is negative are dropped, worst first."""
+    """Least squares of (x . weights - y) / unit with weights of at least zero: negative ones are dropped, worst first."""
     rows, kept = x / unit[:, None], list(range(x.shape[1]))
     scale = rows.max(0)
     while True:
