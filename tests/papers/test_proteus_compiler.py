@@ -125,6 +125,43 @@ def test_zero_one_and_two(model, stage, kinds):
     assert {t.kind for t in graph.tasks} - {"compute"} == kinds
 
 
+@pytest.mark.parametrize("stage, times", [(1, 1), (2, 4), (3, 4)])
+@pytest.mark.parametrize("pp", [1, 2])
+def test_gradients_in_shards_are_reduced_after_every_micro_batch_and_whole_ones_once(stage, times, pp):
+    model = gpt(batch=16, tied=pp == 2)
+    tree = StrategyTree(model)
+    tree.at("").split(b="dp")
+    presets.pipeline(tree, CLUSTER.mesh(pp=pp, dp=2), 2)
+    presets.zero(tree, stage)
+    tree.schedule(4)
+    graph = prove(model, tree)
+    reduced = [piece for t in graph.tasks if t.kind == ("all_reduce" if stage == 1 else "reduce_scatter") for piece in t.pieces]
+    names = Counter(graph.buffers[piece.reads[0].buffer].tensor for piece in reduced)
+    untied = [f"grad:{t.name}" for t in model.tensors.values() if t.kind == "weight" and len(model.consumers[t.name]) == 1]
+    assert {names[name] for name in untied} == {times}
+    if stage > 1:
+        wholes = {b.id: b.micro_batch for b in graph.buffers if b.kind == "partial" and b.tensor.startswith("grad:")}
+        later = [t for t in graph.tasks for view in t.reads if wholes.get(view.buffer, t.micro_batch) != t.micro_batch]
+        assert not later, "no whole gradient outlives its micro-batch"
+
+
+def test_gradient_buckets_hold_one_stage():
+    """Two stages on one rank, as two models in frameworks: what the earlier one makes does not wait for, or ride with, the later one's."""
+    model = gpt(batch=8, layers=4)
+    tree = StrategyTree(model)
+    tree.at("").split(b="dp")
+    presets.pipeline(tree, CLUSTER.mesh(pp=2, dp=2), 4, chunks=2)
+    tree.schedule(2, "interleaved")
+    graph = prove(model, tree)
+    stage_of = {t.op: t.stage for t in graph.tasks if t.op}
+    held = []
+    for task in graph.tasks:
+        if task.stream == "gradient":
+            weights = {graph.buffers[view.buffer].tensor.removeprefix("grad:") for view in task.reads}
+            held.append({stage_of[model.consumers[weight][0]] for weight in weights})
+    assert sorted(stage for stages in held for stage in stages) == [0, 1, 2, 3] and all(len(stages) == 1 for stages in held)
+
+
 @pytest.mark.parametrize("tp", [1, 2])
 def test_zero_three_gathers_for_each_use_and_waits_for_the_operator_two_before(tp):
     model = gpt(batch=4)

@@ -274,16 +274,17 @@ class _Pipeline:
         stage, m, device = action.stage, action.micro_batch, self.device(action.stage)
         working = [self.out.hold("at the turn", device, self.total(stage, "working_bytes"), "partial")]
         before = [self.done[n] for n in self._needs(action) if n.stage != stage or n.phase != FORWARD]
-        if m < self.plan.num_micro_batches - 1 or not self.plan.overlap_gradients or self.plan.dp == 1:
+        reduces = m == self.plan.num_micro_batches - 1 or self.plan.zero >= 2
+        if not reduces or not self.plan.overlap_gradients or self.plan.dp == 1:
             cost = self.cost(self.total(stage, "backward"))
             task = self.out.add("backward", cost, (device,), COMPUTE, action, before, [self.kept[stage, m]], working)
-            if m == self.plan.num_micro_batches - 1:
+            if reduces:
                 self._reduce(stage, self.total(stage, "grad_bytes"), task, action)
         else:
-            task = self._last_backward(action, before, working)
+            task = self._reducing_backward(action, before, working)
         self.done[action] = self._message(action, task, stage - 1) if stage else task
 
-    def _last_backward(self, action: Action, before: list[int], working: list[int]) -> int:
+    def _reducing_backward(self, action: Action, before: list[int], working: list[int]) -> int:
         """Part by part, its gradients on the way as soon as a bucket is full."""
         stage, waiting, cap = action.stage, 0.0, 1.0
         held, task = self.kept[stage, action.micro_batch], -1

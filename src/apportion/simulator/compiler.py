@@ -5,8 +5,7 @@ Where the paper leaves a choice, ours is:
   the sum. What nobody reads stays partial.
 - A copy of an activation that is larger than the stored shard (an all-gather's) is made again for the backward pass, as Megatron does; one
   that is not (of another stage, of an all-to-all) is kept.
-- Gradients of weights are summed over micro-batches where they arise, and reduced once, after the last one. Uses of a weight in several
-  places (tied embeddings) are further terms of the same sum.
+- Uses of a weight in several places (tied embeddings) are further terms of the same gradient (`gradients.py` says when it is reduced).
 - Parameters stored elsewhere are fetched for every use and dropped after it.
 - A device updates its weights when all its gradients are reduced, as frameworks do, unless `tree.optimizer_overlap`.
 """
@@ -19,8 +18,9 @@ from dataclasses import replace
 from apportion.core.errors import InvalidParameter
 from apportion.simulator.cluster import Cluster
 from apportion.simulator.execution_graph import ExecutionGraph
-from apportion.simulator.layout import Layout, Shard, reduce_step, volume
-from apportion.simulator.lowering import Buckets, Lowering, Message, Value, boxes_as_parts, union
+from apportion.simulator.gradients import WeightGradients, merged
+from apportion.simulator.layout import Layout, Shard, volume
+from apportion.simulator.lowering import Buckets, Lowering, Message, Value, boxes_as_parts
 from apportion.simulator.ops import ITEMSIZE, LOSSES, Dim, Model, Op, Operand, backward, gradient, passes_through
 from apportion.simulator.propagation import Placement, place, resolve, stages_of, stored
 from apportion.simulator.schedule import BACKWARD, FORWARD, Action, actions_of, merge
@@ -60,12 +60,12 @@ class _Compiler:
         self.gradients: dict[tuple[str, int], Value] = {}
         self.gradient_layouts: dict[tuple[str, int], Layout] = {}
         self.made: dict[tuple[str, int], Value] = {}  # what is stored elsewhere, where it was computed: the forward pass reads it there
-        self.accumulated: dict[str, dict[str, Value]] = defaultdict(dict)
-        self.weight_gradients: dict[str, list[Value]] = {}
         self.backward_ops = self._backward_ops()
         self.expected = Counter(tensor for path in self.backward_ops for tensor in self._gradients_made(path))
-        self.arrived: Counter[str] = Counter()
         self.buckets = Buckets(self.low, tree.bucket_mb)
+        self.weight_gradients = WeightGradients(
+            self.low, self.buckets, self.expected, self.num_micro_batches, self._gradient_layout, self._gradient_in_shards
+        )
         self.messages: list[Message] = []
 
     def run(self, training: bool) -> None:
@@ -80,9 +80,10 @@ class _Compiler:
                 self._hand_over(action.stage, action.micro_batch)
             else:
                 self._backward(self.stages[action.stage], action.micro_batch)
+                self.weight_gradients.end_backward(action.stage)
         self._record_outputs()
         if training:
-            self.buckets.flush()
+            self.weight_gradients.finish()
             self._update()
 
     # -- order
@@ -254,21 +255,12 @@ class _Compiler:
     def _contribute(self, tensor: str, source: str, value: Value, m: int) -> None:
         """One more term of a gradient; with the last one it is summed and sent where it is wanted."""
         if self.model.tensors[tensor].kind == "weight":
-            sums = self.accumulated[tensor]
-            sums[source] = self._accumulate(tensor, sums[source], value) if source in sums else value
-            self.arrived[tensor] += 1
-            if self.arrived[tensor] == self.expected[tensor] * self.num_micro_batches:
-                self._reduce_weight_gradient(tensor)
+            self.weight_gradients.add(tensor, source, value, m)
             return
         arrived = self.contributions[tensor, m]
         arrived.append(value)
         if len(arrived) == self.expected[tensor]:
-            self.gradients[tensor, m] = self._sum(tensor, _merged(self.low, tensor, arrived), self.gradient_layouts[tensor, m])
-
-    def _accumulate(self, tensor: str, total: Value, value: Value) -> Value:
-        """In place, unless the first term is memory that others read."""
-        own = all(self.graph.buffers[view.buffer].kind == "partial" for view in total.views.values())
-        return self.low.add(f"{gradient(tensor)}.accumulate", total, value, "partial", own)
+            self.gradients[tensor, m] = self._sum(tensor, merged(self.low, tensor, arrived), self.gradient_layouts[tensor, m])
 
     def _sum(self, tensor: str, values: list[Value], target: Layout) -> Value:
         """In the target layout; the caller sends what has to move."""
@@ -283,32 +275,18 @@ class _Compiler:
 
     # -- weights
 
-    def _reduce_weight_gradient(self, tensor: str) -> None:
-        values = _merged(self.low, tensor, list(self.accumulated.pop(tensor).values()))
-        target = self._gradient_layout(tensor)
-        if len(values) > 1 and (one := union(values)) is not None and one.layout.devices == target.devices:
-            values = [one]
-        reduced = []
-        for value in values:
-            if value.layout.num_terms > 1:
-                messages: list[Message] = []
-                value = self.low.take(value, reduce_step(value.layout, target), "grad", messages)
-                self.buckets.put(messages)
-            reduced.append(value)
-        self.weight_gradients[tensor] = reduced
-
     def _update(self) -> None:
         self.low.phase, self.low.micro_batch, self.low.history = "optimizer", None, []
         if not self.tree.optimizer_overlap:
             self.low.barrier = self._last_reductions()
-        for tensor, values in self.weight_gradients.items():
+        for tensor, values in self.weight_gradients.done.items():
             self.low.stage = self.stage_of[self.model.consumers[tensor][0]]
             grad = self._sum(tensor, values, self._gradient_layout(tensor))
             self._send()
             self.graph.results[gradient(tensor)] = [(grad.views[s.device], s.term) for s in grad.layout.shards]
             self._update_weight(tensor, grad)
         self.buckets.flush()
-        for tensor in self.weight_gradients:
+        for tensor in self.weight_gradients.done:
             value = self.values[tensor, None]
             self.graph.results[tensor] = [(value.views[s.device], s.term) for s in value.layout.shards]
 
@@ -351,6 +329,9 @@ class _Compiler:
     def _gradient_layout(self, name: str) -> Layout:
         return self._stored_weight(name, ("weight", "grad"))
 
+    def _gradient_in_shards(self, name: str) -> bool:
+        return any(self.configs[path].memory.keys() & {"weight", "grad"} for path in self.model.consumers[name])
+
     def _stored_weight(self, name: str, items: tuple[str, ...]) -> Layout:
         """By the last of these memory configs that each reader has; readers on other devices hold copies."""
         shards: list[Shard] = []
@@ -386,12 +367,3 @@ def _grows(stored: Layout, needed: Layout) -> bool:
     """Whether the copy that a reader needs is larger than what its devices store already."""
     here = [shard for shard in needed.shards if shard.device in stored.of]
     return any(volume(shard.box) > volume(stored.of[shard.device].box) for shard in here)
-
-
-def _merged(low: Lowering, tensor: str, values: list[Value]) -> list[Value]:
-    """Values of one layout become one, added where they are: one reduction then serves all."""
-    merged: dict[Layout, Value] = {}
-    for value in values:
-        same = merged.get(value.layout)
-        merged[value.layout] = low.add(f"{gradient(tensor)}.merge", same, value, "partial", False) if same else value
-    return list(merged.values())

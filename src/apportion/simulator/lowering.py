@@ -226,17 +226,17 @@ def _root(message: Message) -> str:
 
 
 class Buckets:
-    """Gradient messages of one kind and group, reduced together: a bucket closes when it exceeds its cap, 1 MB for the first (DDP)."""
+    """Gradient messages of one stage, kind and group, reduced together; a bucket closes when it exceeds its cap, the first 1 MB (DDP)."""
 
     def __init__(self, lowering: Lowering, cap_mb: float) -> None:
         self.lowering, self.cap_mb = lowering, cap_mb
-        self.open: dict[tuple[str, tuple[str, ...], str], Message] = {}
-        self.closed: set[tuple[str, tuple[str, ...], str]] = set()
+        self.open: dict[tuple[int, str, tuple[str, ...], str], Message] = {}
+        self.closed: set[tuple[int, str, tuple[str, ...], str]] = set()
 
     def put(self, messages: Iterable[Message]) -> None:
         for message in messages:
             stream = "gradient" if message.stream == "feature" else message.stream
-            key = (message.kind, message.devices, stream)
+            key = (self.lowering.stage, message.kind, message.devices, stream)
             bucket = self.open.setdefault(key, Message(message.kind, message.devices, stream, [], 0, f"bucket of {message.name}"))
             bucket.pieces += message.pieces
             bucket.num_bytes += message.num_bytes
@@ -244,9 +244,11 @@ class Buckets:
                 self.closed.add(key)
                 self.lowering.send([self.open.pop(key)])
 
-    def flush(self) -> None:
-        self.lowering.send(self.open.values())
-        self.open.clear()
+    def flush(self, stage: int | None = None) -> None:
+        """Send what a stage (all of them, if none is named) has put; its next bucket is a first one again."""
+        mine = [key for key in self.open if stage in (None, key[0])]
+        self.lowering.send([self.open.pop(key) for key in mine])
+        self.closed = {key for key in self.closed if stage is not None and key[0] != stage}
 
 
 def union(values: Sequence[Value]) -> Value | None:
