@@ -34,7 +34,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     rank.set_defaults(mode=_rank)
     calibrate = modes.add_parser("calibrate", help="fit efficiencies and link speeds to a few measured steps")
     calibrate.add_argument("rows", metavar="ROWS.yaml", help="measured steps, and plans to predict")
-    calibrate.add_argument("--choose", type=int, metavar="N", help="only say which N of the rows to measure; their times are not looked at")
+    calibrate.add_argument("--choose", type=int, metavar="N", help="only say which N of the rows to measure; they need no times yet")
     calibrate.add_argument("--out", metavar="FILE", help="write the fit, for 'calibration:' of a strategy file or --calibration")
     calibrate.add_argument("--json", action="store_true", help="one JSON object")
     calibrate.set_defaults(mode=_calibrate)
@@ -83,9 +83,9 @@ def _run(args: argparse.Namespace) -> int:
         question = read_question(_from_flags(args, given), name="run")
     result = question.answer(args.num_draws)
     if args.trace:
-        Path(args.trace).write_text(json.dumps(perfetto(result)), encoding="utf-8")
+        _write(args.trace, json.dumps(perfetto(result)).encode())
     if args.memory_png:
-        Path(args.memory_png).write_bytes(memory_png(result))
+        _write(args.memory_png, memory_png(result))
     if args.json:
         print(json.dumps(result.as_dict() | {"detail": question.detail}, indent=2))
     else:
@@ -154,8 +154,8 @@ def _calibrate(args: argparse.Namespace) -> int:
     from apportion.simulator.cost.calibrate import WHOLE
     from apportion.simulator.strategy_file import read_rows
 
-    calibration, ahead = read_rows(_yaml(args.rows), Path(args.rows).parent)
-    if args.choose:
+    calibration, ahead = read_rows(_yaml(args.rows), Path(args.rows).parent, timed=args.choose is None)
+    if args.choose is not None:
         print("\n".join(row.name for row in calibration.design(args.choose)))
         return 0
     fit = calibration.fit()
@@ -166,7 +166,7 @@ def _calibrate(args: argparse.Namespace) -> int:
         "rows": [row.name for row in calibration.rows], "predicted": predicted,
     }  # fmt: skip
     if args.out:
-        Path(args.out).write_text(json.dumps(data, indent=2) + "\n", encoding="utf-8")
+        _write(args.out, (json.dumps(data, indent=2) + "\n").encode())
     if args.json:
         print(json.dumps(data, indent=2))
         return 0
@@ -182,13 +182,20 @@ def _calibrate(args: argparse.Namespace) -> int:
     return 0
 
 
+def _write(path: str, content: bytes) -> None:
+    try:
+        Path(path).write_bytes(content)
+    except OSError as error:
+        raise InvalidParameter(f"{path!r} cannot be written: {error.strerror}") from None
+
+
 def _yaml(path: str) -> Mapping[str, Any]:
     import yaml
 
     try:
         data = yaml.safe_load(Path(path).read_text(encoding="utf-8"))
-    except FileNotFoundError:
-        raise InvalidParameter(f"there is no file {path!r}") from None
+    except (OSError, UnicodeDecodeError) as error:
+        raise InvalidParameter(f"{path!r} cannot be read: {getattr(error, 'strerror', None) or error}") from None
     except yaml.YAMLError as error:
         raise InvalidParameter(f"{path!r} is no YAML: {' '.join(str(error).split())}") from None
     if not isinstance(data, Mapping):

@@ -38,6 +38,12 @@ def compile(
     """
     if optimizer not in STATES:
         raise InvalidParameter(f"unknown optimizer {optimizer!r}; known: {', '.join(STATES)}")
+    if tree.grad_dtype is not None and tree.grad_dtype not in ITEMSIZE:
+        raise InvalidParameter(f"unknown grad_dtype {tree.grad_dtype!r}; known: {', '.join(ITEMSIZE)}")
+    if tree.bucket_mb <= 0:
+        raise InvalidParameter(f"bucket_mb must be positive, got {tree.bucket_mb:g}")
+    if tree.prefetch < 1:
+        raise InvalidParameter(f"prefetch must be at least 1, got {tree.prefetch}")
     compiler = _Compiler(model, tree, cluster, optimizer)
     compiler.run(training)
     compiler.graph.check()

@@ -34,6 +34,10 @@ class Overheads:
     granularity: int = 512
     fragmentation: float = 0.03
 
+    def __post_init__(self) -> None:
+        if min(self.context, self.workspace, self.fragmentation, *self.communicators.values()) < 0 or self.granularity < 1:
+            raise InvalidParameter("overheads are bytes and a share: none can be negative, and granularity is at least 1")
+
     @classmethod
     def none(cls) -> Overheads:
         """Tensors alone: what a closed form counts."""

@@ -11,7 +11,7 @@ from apportion.simulator.cluster import Cluster
 from apportion.simulator.compiler import compile
 from apportion.simulator.execution_graph import ExecutionGraph
 from apportion.simulator.models.transformer import transformer
-from apportion.simulator.ops import Model
+from apportion.simulator.ops import ITEMSIZE, Model
 from apportion.simulator.strategy_tree import ORDERS, StrategyTree
 
 RECOMPUTE = ("none", "selective", "full")
@@ -66,6 +66,10 @@ class Plan:
             raise InvalidParameter(f"unknown schedule {self.schedule!r}; known: {', '.join(ORDERS)}")
         if self.zero not in range(4):
             raise InvalidParameter(f"ZeRO has stages 1, 2 and 3, not {self.zero}")
+        if self.grad_dtype is not None and self.grad_dtype not in ITEMSIZE:
+            raise InvalidParameter(f"unknown grad_dtype {self.grad_dtype!r}; known: {', '.join(ITEMSIZE)}")
+        if self.bucket_mb <= 0:
+            raise InvalidParameter(f"bucket_mb must be positive, got {self.bucket_mb:g}")
         for name in ("pp", "dp", "tp", "num_micro_batches", "chunks"):
             if getattr(self, name) < 1:
                 raise InvalidParameter(f"{name} must be at least 1, got {getattr(self, name)}")

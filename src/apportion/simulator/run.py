@@ -85,6 +85,8 @@ def simulate(
 
     Errors: Unsupported for an operator without a cost; InvalidParameter for a deadlock or devices that are not connected.
     """
+    if num_draws < 0:
+        raise InvalidParameter(f"num_draws must be at least 0, got {num_draws}")
     missing = [d for d in graph.devices if d not in model.topology.kinds and not d.startswith("cpu:")]
     if missing:
         raise InvalidParameter(f"the strategy uses device {missing[0]!r}, which the cluster does not have")

@@ -22,17 +22,19 @@ from __future__ import annotations
 import inspect
 import json
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass, field, fields
+from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import Any, get_type_hints
 
 from apportion.core.errors import InvalidParameter
 from apportion.core.model_spec import ModelSpec
+from apportion.simulator.cluster import DeviceMesh
 from apportion.simulator.coarse import coarse
 from apportion.simulator.compiler import compile
 from apportion.simulator.cost.calibrate import UNSTATED, Calibration, Parameters, Row
 from apportion.simulator.cost.measured import Measured, MeasuredCollectives
 from apportion.simulator.cost.model import CostModel, Roofline
+from apportion.simulator.fields import is_of, typed
 from apportion.simulator.htae import Behaviour
 from apportion.simulator.memory import Overheads
 from apportion.simulator.models import cnn
@@ -42,13 +44,19 @@ from apportion.simulator.ops import Model
 from apportion.simulator.plan import Plan, Workload, fine
 from apportion.simulator.run import NUM_DRAWS, Result, simulate
 from apportion.simulator.strategy_tree import ITEMS, StrategyTree
-from apportion.simulator.topology import Topology, topology
+from apportion.simulator.topology import CHANGES, Topology, topology
 
 CNNS: Mapping[str, Callable[..., Model]] = {"vgg19": cnn.vgg19, "resnet50": cnn.resnet50, "inception": cnn.inception}
-FIELDS = (
-    "name", "model", "batch", "seq_len", "dtype", "fused_attention", "dropout", "cluster", "plan", "mesh", "strategy", "schedule",
-    "bucket_mb", "grad_dtype", "prefetch", "optimizer_overlap", "optimizer", "training", "detail", "behaviour", "overheads", "calibration",
-)  # fmt: skip
+FIELDS = {
+    "name": str, "model": str | Mapping[str, Any], "batch": Any, "seq_len": Any, "dtype": str, "fused_attention": bool, "dropout": bool,
+    "cluster": str | Mapping[str, Any], "plan": Any, "mesh": Mapping[str, int], "strategy": list[Any], "schedule": Any, "bucket_mb": float,
+    "grad_dtype": str, "prefetch": int, "optimizer_overlap": bool, "optimizer": str, "training": bool, "detail": str, "behaviour": Any,
+    "overheads": Any, "calibration": str | Mapping[str, Any],
+}  # fmt: skip
+ENTRY = {
+    "at": str, "map": Mapping[str, int] | None, "split": Mapping[str, str | list[str] | None], "shard": Mapping[str, str | list[str]],
+    "store": Mapping[str, Mapping[str, Any] | None], "recompute": bool,
+}  # fmt: skip
 DETAILS = ("auto", "operators", "stages")
 MANY_TASKS = 30_000  # operators of a plan beyond which 'auto' takes stages as wholes
 
@@ -87,27 +95,24 @@ class Question:
 
 def read_question(data: Mapping[str, Any], *, folder: Path | None = None, name: str = "") -> Question:
     """data: the file's contents. folder: where paths in it start."""
-    _only("a strategy file", data, FIELDS)
-    for needed in ("model", "batch", "cluster"):
-        if needed not in data:
-            raise InvalidParameter(f"a strategy file needs the field {needed!r}")
+    typed("a strategy file", data, FIELDS, needed=("model", "batch", "cluster"))
     if ("plan" in data) == ("strategy" in data):
         raise InvalidParameter("a strategy file has either 'plan' or 'strategy'")
     links = cluster_of(data["cluster"])
     known, spread = read_calibration(data.get("calibration"), folder)
     cost_model = known.cost_model(links, spread) if known else CostModel(links, (Measured(), Roofline()), MeasuredCollectives())
     behaviour = (
-        Behaviour(**_checked("behaviour", data.get("behaviour", {}), Behaviour)) if "behaviour" in data or not known else known.behaviour
+        Behaviour(**typed("behaviour", data.get("behaviour", {}), Behaviour)) if "behaviour" in data or not known else known.behaviour
     )
     common: dict[str, Any] = {
         "name": data.get("name", name), "batch": _whole("batch", data["batch"]), "cost_model": cost_model, "behaviour": behaviour,
-        "overheads": Overheads(**_checked("overheads", data["overheads"], Overheads)) if "overheads" in data else None,
+        "overheads": Overheads(**typed("overheads", data["overheads"], Overheads)) if "overheads" in data else None,
         "step_s": known.step_s if known else 0.0,
         "options": {k: data[k] for k in ("optimizer", "training") if k in data},
     }  # fmt: skip
     if "strategy" in data:
         return Question(detail="operators", tree=_tree(data, links, folder), **common)
-    plan = Plan(**_checked("plan", data["plan"], Plan))
+    plan = Plan(**typed("plan", data["plan"], Plan))
     workload = workload_of(data, folder)
     if plan.num_devices > (size := sum(map(len, links.cluster.nodes))):
         raise InvalidParameter(f"the plan needs {plan.num_devices} devices, the cluster has {size}")
@@ -116,11 +121,11 @@ def read_question(data: Mapping[str, Any], *, folder: Path | None = None, name: 
 
 def cluster_of(data: str | Mapping[str, Any]) -> Topology:
     """'dgx-a100', or {node, num_nodes, used_devices, fabric} and whatever is to be another way in the node."""
-    if isinstance(data, str):
+    if not isinstance(data, Mapping):
         return topology(data)
-    if "node" not in data:
-        raise InvalidParameter("a cluster needs the field 'node'")
-    return topology(**data)
+    words = get_type_hints(topology) | CHANGES
+    del words["changes"]
+    return topology(**typed("a cluster", data, words, needed=("node",)))
 
 
 def workload_of(data: Mapping[str, Any], folder: Path | None = None) -> Workload:
@@ -142,27 +147,36 @@ def read_calibration(data: Mapping[str, Any] | str | None, folder: Path | None =
         return None, 0.0
     if isinstance(data, str):
         data = _json(folder, data)
-    return Parameters(**_checked("calibration", data.get("parameters", data), Parameters)), float(data.get("spread", 0.1))
+    spread = data.get("spread", 0.1)
+    if not is_of(spread, float):
+        raise InvalidParameter(f"spread of a calibration must be a number, got {spread!r}")
+    return Parameters(**typed("a calibration", data.get("parameters", data), Parameters)), float(spread)
 
 
-def read_rows(data: Mapping[str, Any], folder: Path | None = None) -> tuple[Calibration, list[Row]]:
-    """A file of measured steps: fields of one family, `rows` with {plan, seconds, name and what differs}, `unknown`, and `predict`."""
+def read_rows(data: Mapping[str, Any], folder: Path | None = None, *, timed: bool = True) -> tuple[Calibration, list[Row]]:
+    """A file of measured steps: fields of one family, `rows` with {plan, seconds, name and what differs}, `unknown`, and `predict`.
+
+    timed: every row must have its seconds; False: they are still to be measured.
+    """
     shared = ("model", "batch", "seq_len", "dtype", "fused_attention", "dropout", "cluster")
-    _only("a file of measured rows", data, (*shared, "rows", "unknown", "predict"))
-    if not isinstance(data.get("rows"), list):
-        raise InvalidParameter("a file of measured rows needs the field 'rows', a list")
+    facts = {name: FIELDS[name] for name in shared}
+    typed(
+        "a file of measured rows", data, facts | {"rows": list[Any], "unknown": Mapping[str, Any], "predict": list[Any]}, needed=("rows",)
+    )
     found: list[list[Row]] = []
     for field_name in ("rows", "predict"):
         found.append([])
         for i, entry in enumerate(data.get(field_name, [])):
             where = f"entry {i + 1} of {field_name!r}"
-            _only(where, entry, (*shared, "name", "plan", "seconds"))
-            if missing := {"plan", "model", "batch", "cluster"} - {*entry, *data} or (field_name == "rows" and {"seconds"} - {*entry}):
+            typed(where, entry, facts | {"name": str, "plan": Any, "seconds": float})
+            if missing := {"plan", "model", "batch", "cluster"} - {*entry, *data} or (
+                timed and field_name == "rows" and {"seconds"} - {*entry}
+            ):
                 raise InvalidParameter(f"{where} needs the field {sorted(missing)[0]!r}")
             whole = {**{k: data[k] for k in shared if k in data}, **entry}
             if isinstance(data.get("cluster"), Mapping) and isinstance(entry.get("cluster"), Mapping):
                 whole["cluster"] = {**data["cluster"], **entry["cluster"]}
-            links, plan = cluster_of(whole["cluster"]), Plan(**_checked("plan", entry["plan"], Plan))
+            links, plan = cluster_of(whole["cluster"]), Plan(**typed("plan", entry["plan"], Plan))
             if plan.num_devices > sum(map(len, links.cluster.nodes)):
                 raise InvalidParameter(f"{where} needs {plan.num_devices} devices, its cluster has {sum(map(len, links.cluster.nodes))}")
             name = str(entry.get("name", f"pp{plan.pp} tp{plan.tp} dp{plan.dp}"))
@@ -183,7 +197,13 @@ def _json(folder: Path | None, name: str) -> dict[str, Any]:
     path = (folder or Path()) / name
     if not path.is_file():
         raise InvalidParameter(f"there is no file {str(path)!r}")
-    return dict(json.loads(path.read_text(encoding="utf-8")))
+    try:
+        data = json.loads(path.read_text(encoding="utf-8"))
+    except ValueError as error:
+        raise InvalidParameter(f"{str(path)!r} is no JSON: {error}") from None
+    if not isinstance(data, dict):
+        raise InvalidParameter(f"{str(path)!r} holds {type(data).__name__}, not an object")
+    return data
 
 
 def _model(data: Mapping[str, Any], folder: Path | None) -> Model:
@@ -192,9 +212,9 @@ def _model(data: Mapping[str, Any], folder: Path | None) -> Model:
         if model["cnn"] not in CNNS:
             raise InvalidParameter(f"unknown network {model['cnn']!r}; known: {', '.join(CNNS)}")
         build = CNNS[model["cnn"]]
-        return build(batch, **_arguments("model", {k: v for k, v in model.items() if k != "cnn"}, build))
+        return build(batch, **_arguments({k: v for k, v in model.items() if k != "cnn"}, build))
     if isinstance(model, Mapping) and "dlrm" in model:
-        return dlrm(batch, **_arguments("model", dict(model["dlrm"] or {}), dlrm))
+        return dlrm(batch, **_arguments(model["dlrm"] or {}, dlrm))
     return workload_of(data, folder).model()
 
 
@@ -202,9 +222,7 @@ def _tree(data: Mapping[str, Any], links: Topology, folder: Path | None) -> Stra
     tree = StrategyTree(_model(data, folder))
     mesh = links.cluster.mesh(**data.get("mesh", {"dp": 1}))
     for entry in data["strategy"]:
-        _only("an entry of 'strategy'", entry, ("at", "map", "split", "store", "shard", "recompute"))
-        if "at" not in entry:
-            raise InvalidParameter(f"an entry of 'strategy' needs the field 'at': {dict(entry)}")
+        typed("an entry of 'strategy'", entry, ENTRY, needed=("at",))
         there = tree.at(entry["at"])
         if "map" in entry:
             there.map(mesh.select(**(entry["map"] or {})))
@@ -218,16 +236,19 @@ def _tree(data: Mapping[str, Any], links: Topology, folder: Path | None) -> Stra
     for name in ("bucket_mb", "grad_dtype", "prefetch", "optimizer_overlap"):
         if name in data:
             setattr(tree, name, data[name])
-    schedule = dict(data.get("schedule", {}))
-    _only("schedule", schedule, ("num_micro_batches", "order", "max_ongoing"))
-    tree.schedule(**schedule)
+    tree.schedule(**typed("schedule", data.get("schedule", {}), tree.schedule))
     return tree
 
 
-def _storage(item: str, cuts: dict[str, Any], mesh: Any) -> dict[str, Any]:
+def _storage(item: str, cuts: dict[str, Any], mesh: DeviceMesh) -> dict[str, Any]:
+    """Keywords for `Selection.store`. map: coordinates of a slice of the mesh, or the name of one device ('cpu:0': host memory)."""
     if item not in ITEMS:
         raise InvalidParameter(f"no memory config for {item!r}; known: {', '.join(ITEMS)}")
-    return ({"mesh": mesh.select(**(cuts.pop("map") or {}))} if "map" in cuts else {}) | cuts
+    where = cuts.pop("map", None)
+    typed(f"store of {item!r}", cuts, dict.fromkeys(cuts, str | list[str] | None))
+    if isinstance(where, str):
+        return cuts | {"mesh": DeviceMesh.of((where,), device=1)}
+    return cuts if where is None else cuts | {"mesh": mesh.select(**typed(f"map of {item!r}", where, dict.fromkeys(where, int)))}
 
 
 def _detail(detail: str, workload: Workload, plan: Plan) -> str:
@@ -241,23 +262,12 @@ def _detail(detail: str, workload: Workload, plan: Plan) -> str:
 
 
 def _whole(name: str, value: Any) -> int:
-    if not isinstance(value, int) or value < 1:
+    if not isinstance(value, int) or isinstance(value, bool) or value < 1:
         raise InvalidParameter(f"{name} must be a whole number of at least 1, got {value!r}")
     return value
 
 
-def _only(where: str, data: Any, known: tuple[str, ...]) -> None:
-    if not isinstance(data, Mapping):
-        raise InvalidParameter(f"{where} must be a mapping, got {data!r}")
-    if unknown := [name for name in data if name not in known]:
-        raise InvalidParameter(f"{where} has no field {unknown[0]!r}; known: {', '.join(known)}")
-
-
-def _checked(where: str, data: Mapping[str, Any], kind: type) -> dict[str, Any]:
-    _only(where, data, tuple(f.name for f in fields(kind)))
-    return dict(data)
-
-
-def _arguments(where: str, data: dict[str, Any], build: Callable[..., Model]) -> dict[str, Any]:
-    _only(where, data, tuple(inspect.signature(build).parameters)[1:])
-    return data
+def _arguments(data: Mapping[str, Any], build: Callable[..., Model]) -> dict[str, Any]:
+    """Keywords of a model's builder. Its first one, the batch, is the file's."""
+    hints = get_type_hints(build)
+    return typed("model", data, {name: hints[name] for name in tuple(inspect.signature(build).parameters)[1:]})

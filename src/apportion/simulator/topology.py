@@ -17,8 +17,16 @@ import yaml
 
 from apportion.core.errors import InvalidParameter
 from apportion.simulator.cluster import Cluster
+from apportion.simulator.fields import typed
 
 GB = 1e9
+LINKS: Mapping[str, Mapping[str, Any]] = {  # of a node: what each kind is described by
+    "nvlink": {"gb_s": float, "pairs": list[tuple[int, int, int]]},
+    "pcie": {"gb_s": float, "switches": int, "sockets": int, "socket_gb_s": float},
+    "nics": {"count": int, "gb_s": float},
+}
+SWITCH: Mapping[str, Any] = {"nodes": list[int], "parent": str, "gb_s": float}
+CHANGES = {"device": str, "num_devices": int, "source": str, **dict.fromkeys(LINKS, Mapping[str, Any] | None)}
 # How much a hop of each kind is to be avoided. A route takes the kinds that stand first, however many hops they need.
 AVOID = {"nvlink": 1, "pcie": 10, "socket": 100, "host": 500, "net": 10000}
 
@@ -133,9 +141,10 @@ def topology(
     fabric: switches above the nodes: name -> {nodes: [..]} or {parent: name, gb_s: ..}; None: one switch that is never the bottleneck.
     Errors: InvalidParameter for unknown names and fields, for switches that stand above themselves, for a node that no switch holds.
     """
-    spec = _node(node) | changes
-    if unknown := set(spec) - {"device", "num_devices", "nvlink", "pcie", "nics", "source"}:
-        raise InvalidParameter(f"a node has no field {sorted(unknown)[0]!r}; known: device, num_devices, nvlink, pcie, nics")
+    spec = typed("a node", _node(node) | changes, CHANGES, needed=("device", "num_devices", "pcie", "nics"))
+    for name, types in LINKS.items():
+        if spec.get(name) is not None:
+            typed(name, spec[name], types, needed=[field for field in types if field != "pairs"])
     kind = device(spec["device"])
     prefix = "cpu" if kind.compute_capability == 0 else "gpu"
     cluster = Cluster.of(num_nodes, spec["num_devices"], prefix)
@@ -153,8 +162,6 @@ def topology(
 
 def _node(node: str | Mapping[str, Any]) -> dict[str, Any]:
     if not isinstance(node, str):
-        if missing := {"device", "num_devices", "pcie", "nics"} - set(node):
-            raise InvalidParameter(f"a node needs the field {sorted(missing)[0]!r}")
         return dict(node)
     known = _library()["nodes"]
     if node not in known:
@@ -191,6 +198,9 @@ def _pcie(built: Topology, n: int, devices: Sequence[str], pcie: Mapping[str, An
 
 def _fabric(built: Topology, num_nics: int, fabric: Mapping[str, Any]) -> None:
     num_nodes = len(built.cluster.nodes)
+    for name, switch in fabric.items():
+        if "parent" in typed(f"switch {name!r}", switch, SWITCH):
+            typed(f"switch {name!r}", switch, SWITCH, needed=("gb_s",))
     for name in fabric:
         seen = [name]
         while (parent := fabric[seen[-1]].get("parent")) is not None:

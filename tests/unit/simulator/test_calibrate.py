@@ -61,7 +61,7 @@ def test_rows_that_say_nothing_are_refused():
     with pytest.raises(InvalidParameter, match="at least one measured row"):
         Calibration([])
     with pytest.raises(InvalidParameter, match="row 'x' has no positive measured time"):
-        Calibration([Row("x", WORK, Plan(), topology("8x-a800"), 0.0)])
+        Calibration([Row("x", WORK, Plan(), topology("8x-a800"), 0.0)]).fit()
     with pytest.raises(InvalidParameter, match="9 rows are to be chosen out of 8"):
         Calibration(rows()).design(9)
     with pytest.raises(InvalidParameter, match="unknown model 'gpt-9'"):

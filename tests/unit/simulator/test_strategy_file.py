@@ -74,6 +74,25 @@ def test_breakdowns_sum_to_the_step():
         ({"strategy": [{"at": "layers.*.mpl", "map": {}}], "plan": None}, "strategy path 'layers.\\*.mpl' names nothing"),
         ({"strategy": [{"at": "", "split": {"b": "dp"}, "sharp": 1}], "plan": None}, "has no field 'sharp'"),
         ({"strategy": [{"at": "", "map": {"dp": 9}}], "plan": None}, "names|no axis|outside axis"),
+        ({"plan": {"tp": "two"}}, "tp of plan must be a whole number, got 'two'"),
+        ({"plan": {"bucket_mb": 0}}, "bucket_mb must be positive, got 0"),
+        ({"plan": {"grad_dtype": "half"}}, "unknown grad_dtype 'half'"),
+        ({"plan": []}, "plan must be a mapping of fields"),
+        ({"model": 7, "plan": {}}, "model of a strategy file must be a word or a mapping, got 7"),
+        ({"model": TINY | {"hidden": "wide"}, "plan": {}}, "hidden of model 'decoder' must be a whole number, got 'wide'"),
+        ({"cluster": 7, "plan": {}}, "cluster of a strategy file must be a word or a mapping"),
+        ({"cluster": {"node": "dgx-a100", "nics": {"count": 2}}, "plan": {}}, "nics needs the field 'gb_s'"),
+        ({"cluster": {"node": "dgx-a100", "fabric": {"a": 3}}, "plan": {}}, "switch 'a' must be a mapping"),
+        ({"mesh": 5, "strategy": [], "plan": None}, "mesh of a strategy file must be a mapping"),
+        ({"strategy": 3, "plan": None}, "strategy of a strategy file must be a list"),
+        ({"strategy": [{"at": "", "map": {}, "store": {"weight": {"v": True}}}], "plan": None}, "v of store of 'weight' must be a word"),
+        ({"strategy": [{"at": "", "map": {}, "store": {"weight": {"map": "cpu:9"}}}], "plan": None}, "no device 'cpu:9' in the cluster"),
+        ({"strategy": [{"at": "", "map": {}}], "plan": None, "prefetch": 0}, "prefetch must be at least 1, got 0"),
+        ({"strategy": [{"at": "", "map": {}}], "plan": None, "grad_dtype": "half"}, "unknown grad_dtype 'half'"),
+        ({"overheads": {"context": "some"}, "plan": {}}, "context of overheads must be a number, got 'some'"),
+        ({"overheads": {"context": -5}, "plan": {}}, "none can be negative"),
+        ({"behaviour": {"gamma": {"gradient": 3}}, "plan": {}}, "gamma of behaviour must be a mapping to a list of 2, each a number"),
+        ({"calibration": {"matmul": float("nan")}, "plan": {}}, "matmul of a calibration must be a number, got nan"),
         ({"behaviour": {"overlap": "always"}, "plan": {}}, "unknown overlap rule 'always'"),
         ({"batch": 0, "plan": {}}, "batch must be a whole number"),
     ],
@@ -97,6 +116,51 @@ def files(tmp_path):
     return write
 
 
+ON_TWO_RANKS = [{"at": "", "map": {"pp": 0}}, *({"at": p, "map": {"pp": 1}} for p in ("layers.1", "final_norm", "head", "loss"))]
+
+
+@pytest.mark.parametrize(
+    "change, sentence",
+    [
+        ({"plan": {"tp": 16}}, "the plan needs 16 devices, the cluster has 8"),
+        ({"mesh": {"tp": 8}, "strategy": [{"at": "", "map": {}}, {"at": "head", "split": {"q": "tp"}}]}, "'head' has no dim 'q'; it has"),
+        ({"model": "no_such_config.json", "plan": {}}, "no_such_config.json"),
+        ({"model": "alien.json", "plan": {}}, "unknown architecture 'AlienForCausalLM'"),
+        ({"mesh": {"pp": 2}, "strategy": ON_TWO_RANKS, "schedule": {"num_micro_batches": 4, "max_ongoing": [1, 2]}},
+         "the schedule deadlocks: rank 0 waits at backward of stage 0, micro-batch 0, for"),
+        ({"cluster": {"node": "dgx-a100", "fabric": {"a": {"nodes": [0], "parent": "a", "gb_s": 1}}}, "plan": {}},
+         "the fabric is cyclic: a -> a"),
+        ({"cluster": {"node": "dgx-a100", "num_nodes": 2, "fabric": {"a": {"nodes": [0]}, "b": {"nodes": [1]}}}, "plan": {"dp": 16}},
+         "the cluster is not connected: no link leads from 'gpu:"),
+        ({"dtype": "float8_e4m3fn", "plan": {}},
+         "the cost of 'layers.0.attn.qkv' is not supported: a100-sxm-80 has no numbers for gemm in float8"),
+    ],
+    ids=str,
+)  # fmt: skip
+def test_the_command_line_says_in_one_sentence_what_cannot_be(change, sentence, files, tmp_path, capsys):
+    (tmp_path / "alien.json").write_text('{"architectures": ["AlienForCausalLM"], "model_type": "alien"}')
+    assert main(["simulate", "run", files("bad.yaml", BASE | change)]) == 2
+    said = capsys.readouterr()
+    assert said.out == "" and said.err.startswith("apportion: ") and said.err.count("\n") == 1 and sentence in said.err
+
+
+def test_files_that_cannot_be_read_or_written_are_named(files, tmp_path, capsys):
+    path = files("two.yaml", BASE | {"plan": {}})
+    for arguments in (
+        ["run", str(tmp_path)],
+        ["run", path, "--trace", str(tmp_path / "no" / "t.json")],
+        ["run", path, "--num-draws", "-1"],
+    ):
+        assert main(["simulate", *arguments]) == 2
+    read, written, draws = capsys.readouterr().err.splitlines()
+    assert "cannot be read" in read and "t.json' cannot be written" in written and "num_draws must be at least 0" in draws
+
+
+def test_weights_in_host_memory_are_fetched_from_there():
+    data = BASE | {"mesh": {"dp": 2}, "strategy": [{"at": "", "map": {}, "split": {"b": "dp"}, "store": {"weight": {"map": "cpu:0"}}}]}
+    assert {"h2d", "d2h"} <= {task.stream for task in read_question(data).answer(0).graph.tasks}
+
+
 def test_run_prints_json_a_trace_and_a_picture(files, tmp_path, capsys):
     path = files("two.yaml", BASE | {"plan": {"pp": 2, "tp": 2, "num_micro_batches": 2}, "detail": "operators"})
     assert main(["simulate", "run", path, "--json", "--trace", str(tmp_path / "t.json"), "--memory-png", str(tmp_path / "m.png")]) == 0
@@ -105,6 +169,7 @@ def test_run_prints_json_a_trace_and_a_picture(files, tmp_path, capsys):
     assert sum(answer["sources"].values()) == pytest.approx(1.0) and any(s.startswith(("exact", "inter")) for s in answer["sources"])
     events = json.loads((tmp_path / "t.json").read_text())["traceEvents"]
     slices = [e for e in events if e["ph"] == "X"]
+    assert all(e["pid"] > 0 and e.get("tid", 1) > 0 for e in events), "Perfetto keeps 0 for itself"
     assert max(e["ts"] + e["dur"] for e in slices) == pytest.approx(answer["seconds"] * 1e6)
     assert {e["args"]["name"] for e in events if e["name"] == "process_name"} == {f"gpu:{i}" for i in range(4)}
     assert (tmp_path / "m.png").read_bytes().startswith(b"\x89PNG")
@@ -161,6 +226,7 @@ def test_calibrate_fits_predicts_and_is_used(files, tmp_path, capsys):
     main(["simulate", "calibrate", path, "--choose", "2"])
     assert len(capsys.readouterr().out.split("\n")) == 3
     bad = files("bad.yaml", BASE | {"rows": [{"plan": {"tp": 2}}]})
+    assert main(["simulate", "calibrate", bad, "--choose", "1"]) == 0 and capsys.readouterr().out == "pp1 tp2 dp1\n"
     assert main(["simulate", "calibrate", bad]) == 2
     assert "entry 1 of 'rows' needs the field 'seconds'" in capsys.readouterr().err
     assert main(["simulate", "calibrate", str(tmp_path / "absent.yaml")]) == 2

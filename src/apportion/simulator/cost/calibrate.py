@@ -123,8 +123,6 @@ class Calibration:
     def __init__(self, rows: Sequence[Row], unknown: Mapping[str, Mapping[Any, float]] | None = None) -> None:
         if not rows:
             raise InvalidParameter("calibration needs at least one measured row")
-        if bad := [row.name for row in rows if not row.seconds > 0]:
-            raise InvalidParameter(f"row {bad[0]!r} has no positive measured time")
         self.rows = list(rows)
         self.unknown = dict(unknown or {})
         self.layers: dict[str, ExecutionGraph] = {}
@@ -133,7 +131,9 @@ class Calibration:
 
     def fit(self, left_out: bool = True) -> Fit:
         """The most probable parameters and choice. left_out: fit again without each row (the choice stays), to see how it would have been
-        predicted."""
+        predicted. Error: InvalidParameter for a row without a measured time."""
+        if bad := [row.name for row in self.rows if not row.seconds > 0]:
+            raise InvalidParameter(f"row {bad[0]!r} has no positive measured time")
         best = self._fit(self.rows)
         if not left_out or len(self.rows) < 2:
             return best

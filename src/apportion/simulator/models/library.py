@@ -11,9 +11,10 @@ import yaml
 
 from apportion.core.errors import InvalidParameter
 from apportion.core.model_spec import ModelSpec, RopeSpec
+from apportion.simulator.fields import typed
 
 NEEDED = ("num_layers", "hidden", "num_heads", "ffn", "vocab")
-OPTIONAL = ("num_kv_heads", "head_dim", "dtype", "gated", "tied")
+OPTIONAL = {"num_kv_heads": int, "head_dim": int, "dtype": str, "gated": bool, "tied": bool}
 
 
 @cache
@@ -29,10 +30,9 @@ def decoder(model: str | Mapping[str, Any]) -> tuple[ModelSpec, bool]:
         name, numbers = model, dict(_library()[model])
     else:
         name, numbers = "decoder", dict(model)
-    if unknown := set(numbers) - {*NEEDED, *OPTIONAL}:
-        raise InvalidParameter(f"a model has no field {sorted(unknown)[0]!r}; known: {', '.join((*NEEDED, *OPTIONAL))}")
-    if missing := [field for field in NEEDED if field not in numbers]:
-        raise InvalidParameter(f"model {name!r} needs the field {missing[0]!r}")
+    typed(f"model {name!r}", numbers, dict.fromkeys(NEEDED, int) | OPTIONAL, needed=NEEDED)
+    if min(numbers[field] for field in NEEDED) < 1:
+        raise InvalidParameter(f"model {name!r} has a field below 1: {', '.join(NEEDED)} count something")
     gated = bool(numbers.pop("gated", True))
     heads, hidden, layers = numbers["num_heads"], numbers["hidden"], numbers["num_layers"]
     numbers = {"num_kv_heads": heads, "head_dim": hidden // heads, "dtype": "bfloat16", "tied": False} | numbers
