@@ -199,8 +199,7 @@ def _pcie(built: Topology, n: int, devices: Sequence[str], pcie: Mapping[str, An
 def _fabric(built: Topology, num_nics: int, fabric: Mapping[str, Any]) -> None:
     num_nodes = len(built.cluster.nodes)
     for name, switch in fabric.items():
-        if "parent" in typed(f"switch {name!r}", switch, SWITCH):
-            typed(f"switch {name!r}", switch, SWITCH, needed=("gb_s",))
+        typed(f"switch {name!r}", switch, SWITCH)
     for name in fabric:
         seen = [name]
         while (parent := fabric[seen[-1]].get("parent")) is not None:
@@ -218,5 +217,5 @@ def _fabric(built: Topology, num_nics: int, fabric: Mapping[str, Any]) -> None:
         for n in switch.get("nodes", ()):
             for i in range(num_nics):
                 built.connect(f"node{n}.port{i}", name, 1e6 * GB, "net")
-        if "parent" in switch:
+        if "parent" in typed(f"switch {name!r}", switch, SWITCH, needed=("gb_s",) if "parent" in switch else ()):
             built.connect(name, switch["parent"], switch["gb_s"] * GB, "net")
