@@ -46,9 +46,15 @@ def memory_png(result: Result) -> bytes:
     for memory in result.memory.values():
         times, sizes = zip(*memory.curve, (result.seconds, memory.curve[-1][1]), strict=True)
         beside = memory.peak - max(sizes)  # context, workspace, communicators, fragmentation
-        style = {"color": "tab:blue", "zorder": 3} if memory is worst else {"color": "0.8", "zorder": 2}
-        axes.step([t * 1e3 for t in times], [(size + beside) / 1e9 for size in sizes], where="post", **style)
-        if memory is worst:
+        mine = memory is worst
+        axes.step(
+            [t * 1e3 for t in times],
+            [(size + beside) / 1e9 for size in sizes],
+            where="post",
+            color="tab:blue" if mine else "0.8",
+            zorder=2 + mine,
+        )
+        if mine:
             axes.axhspan(0, beside / 1e9, color="0.92")
     parts = ", ".join(f"{name} {size / 1e9:.2f}" for name, size in worst.categories.items() if size > 0.005 * worst.peak)
     axes.set(ylabel="GB", title=f"{result.name}: {worst.device} peaks at {worst.peak / 1e9:.2f} GB")
