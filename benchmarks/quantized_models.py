@@ -1,13 +1,14 @@
-"""Whole models in our number formats and llama.cpp's, interleaved: in every round each runs the same case once, all others stopped.
+"""Whole models in our number formats and the peers', interleaved: in every round each runs the same case once, all others stopped.
 
     python benchmarks/quantized_models.py [--model bench-250m] [--cases decode-1,decode-8,decode-16,prefill-512] [--rounds 3] [--write]
     python benchmarks/quantized_models.py --model bench-moe --cases moe-decode-1 --ours "w4a16,lm_head=w8a16" --theirs q4_0 --write
     python benchmarks/quantized_models.py --cases decode-8k --ours "w4a16,lm_head=w8a16;w4a16,lm_head=w8a16+kv=fp8" --theirs "" --write
     python benchmarks/quantized_models.py --table
 
-Beside every rate stands how the matrices are stored; embeddings are bf16 on our side and what llama.cpp's own quantizer makes of them on
-its (they are gathered, not read), norms float32. The floor: the bytes of the matrices and cached tokens of a step over the bandwidth
-measured in the same run. --write keeps the results and writes the table of docs/quantization.md, as --table does from what was kept.
+Beside every rate stands how the matrices are stored; embeddings are bf16 on our side and what the peer's own quantizer makes of them on
+its (they are gathered, not read), norms float32. In --theirs a name without an engine is one of llama.cpp's types. The floor: the bytes of
+the matrices and cached tokens of a step over the bandwidth measured in the same run. --write keeps the results and writes the table of
+docs/quantization.md, as --table does from what was kept.
 """
 
 from __future__ import annotations
@@ -26,8 +27,10 @@ from apportion.bench.bandwidth import measure_bandwidth
 from apportion.bench.make_model import PRESETS, make_model, tensor_shapes
 from apportion.core.number_format import NumberFormat
 
-sys.path.insert(0, str(Path(__file__).parent))
+sys.path += [str(Path(__file__).parent), str(Path(__file__).parents[1] / "scripts")]
 from compare_peers import CASES, MODELS, ROOT, Case, Process, Variant
+from pages import write_part
+from peers.install import is_installed
 from run_all import RESULTS, machine
 
 OURS = (
@@ -50,11 +53,11 @@ STORED = {  # linears, lm_head
     "bf16": ("bfloat16", "bfloat16"),
     "q8_0": ("int8_g32_f16", "int8_g32_f16"),
     "q4_0": ("int4_g32_f16", "Q6_K"),
+    "int8": ("int8_channel_zp_f16", "int8_channel_zp_f16"),
+    "int4": ("int4_g128_f16", "int8_channel_zp_f16"),
 }
 Q6_K_BITS = 6.5625
 CASES = CASES | {"decode-8k": Case("bench-250m", 1, 8192, 33, {})}
-PAGE = ROOT / "docs" / "quantization.md"
-BEGIN, END = "<!-- speed: written by benchmarks/quantized_models.py -->", "<!-- speed: end -->"
 
 
 @dataclass(frozen=True)
@@ -64,18 +67,19 @@ class Bar:
     title: str
     case: str
     ours: tuple[str, ...]
-    theirs: str
+    theirs: tuple[str, ...]
     least: float
 
 
 INT8, INT4 = ("apportion int8,lm_head=int8", "apportion w8a16,lm_head=w8a16"), ("apportion w4a16,lm_head=w8a16",)
+Q8, Q4 = ("llama_cpp q8_0", "openvino int8"), ("llama_cpp q4_0", "openvino int4")
 BARS = (
-    *(Bar(f"int8 decode, batch {n}", f"decode-{n}", INT8, "llama_cpp q8_0", least) for n, least in ((1, 1.7), (8, 2.5), (16, 1.8))),
-    *(Bar(f"int4 decode, batch {n}", f"decode-{n}", INT4, "llama_cpp q4_0", least) for n, least in ((1, 1.6), (8, 2.3), (16, 2.3))),
-    Bar("int4 prefill, 512", "prefill-512", INT4, "llama_cpp q4_0", 1.3),
-    Bar("fp8 decode, batch 1", "decode-1", ("apportion fp8", "apportion fp8,lm_head=e4m3_channel"), "apportion bfloat16", 1.6),
-    Bar("mixture, int4 decode, batch 1", "moe-decode-1", INT4, "llama_cpp q4_0", 1.5),
-    Bar("fp8 KV, int4 decode at 8k", "decode-8k", ("apportion w4a16,lm_head=w8a16+kv=fp8",), "apportion w4a16,lm_head=w8a16", 1.2),
+    *(Bar(f"int8 decode, batch {n}", f"decode-{n}", INT8, Q8, least) for n, least in ((1, 1.7), (8, 2.5), (16, 1.8))),
+    *(Bar(f"int4 decode, batch {n}", f"decode-{n}", INT4, Q4, least) for n, least in ((1, 1.6), (8, 2.3), (16, 2.3))),
+    Bar("int4 prefill, 512", "prefill-512", INT4, Q4[:1], 1.3),
+    Bar("fp8 decode, batch 1", "decode-1", ("apportion fp8", "apportion fp8,lm_head=e4m3_channel"), ("apportion bfloat16",), 1.6),
+    Bar("mixture, int4 decode, batch 1", "moe-decode-1", INT4, Q4[:1], 1.5),
+    Bar("fp8 KV, int4 decode at 8k", "decode-8k", ("apportion w4a16,lm_head=w8a16+kv=fp8",), ("apportion w4a16,lm_head=w8a16",), 1.2),
 )
 
 
@@ -100,7 +104,13 @@ def cached_bytes(model: str, dtype: str) -> float:
 
 
 def measure(model: str, cases: list[str], ours: list[str], theirs: list[str], rounds: int, threads: int) -> dict[str, Any]:
-    variants = [Variant("apportion", dtype, 0, 0) for dtype in ours] + [Variant("llama_cpp", dtype, 0, 0) for dtype in theirs]
+    variants = [Variant("apportion", dtype, 0, 0) for dtype in ours]
+    for name in theirs:
+        engine, _, dtype = name.rpartition(" ")
+        if is_installed(engine or "llama_cpp"):
+            variants.append(Variant(engine or "llama_cpp", dtype, 0, 0))
+        else:
+            print(f"left out: {name}, not installed by benchmarks/peers/install.py", file=sys.stderr)
     if not (MODELS / model / "model.safetensors").exists():
         make_model(model, MODELS / model)
     bandwidth = measure_bandwidth(threads)
@@ -143,16 +153,19 @@ def table() -> str:
     lines = ["| | ours, tok/s (stored, share of the floor) | against, tok/s (stored) | ratio | to reach | |", "|---|---|---|---|---|---|"]
     for bar in BARS:
         found = newest.get(bar.case, ({}, {}))[1]
-        ours = max((name for name in bar.ours if name in found), key=lambda name: found[name]["tokens_per_s"], default=None)
-        if ours is None or bar.theirs not in found:
+        ours, theirs = (
+            max((name for name in names if name in found), key=lambda name: found[name]["tokens_per_s"], default=None)
+            for names in (bar.ours, bar.theirs)
+        )
+        if ours is None or theirs is None:
             lines.append(f"| {bar.title} | | | | {bar.least}x | not measured |")
             continue
-        own, other = found[ours], found[bar.theirs]
+        own, other = found[ours], found[theirs]
         floor = own["floor_tokens_per_s"]
         share = "" if floor is None else f", {own['tokens_per_s'] / floor:.0%}"
         ratio = statistics.median(a / b for a, b in zip(own["rounds"], other["rounds"], strict=True))
         lines.append(
-            f"| {bar.title} | {own['tokens_per_s']:.0f} ({' + '.join(own['stored'])}{share}) | {bar.theirs} {other['tokens_per_s']:.0f} "
+            f"| {bar.title} | {own['tokens_per_s']:.0f} ({' + '.join(own['stored'])}{share}) | {theirs} {other['tokens_per_s']:.0f} "
             f"({' + '.join(other['stored'])}) | {ratio:.2f}x | {bar.least}x | {'met' if ratio >= bar.least else 'missed'} |"
         )
     about = {(r["machine"]["processor"], ", ".join(r["machine"]["sets"]), r["commit"]) for r, _ in newest.values()}
@@ -161,11 +174,7 @@ def table() -> str:
 
 
 def write_page() -> None:
-    head, begin, rest = PAGE.read_text("utf-8").partition(BEGIN)
-    _, end, tail = rest.partition(END)
-    if not begin or not end:
-        sys.exit(f"{PAGE.relative_to(ROOT)} has lost its markers: {BEGIN} and {END}")
-    PAGE.write_text(f"{head}{BEGIN}\n\n{table()}\n\n{END}{tail}", encoding="utf-8")
+    write_part(ROOT / "docs" / "quantization.md", "speed", "benchmarks/quantized_models.py", table())
 
 
 def main() -> None:
@@ -173,7 +182,7 @@ def main() -> None:
     parser.add_argument("--model", default="bench-250m")
     parser.add_argument("--cases", default="decode-1,decode-8,decode-16,prefill-512")
     parser.add_argument("--ours", default=";".join(OURS), help="separated by semicolons")
-    parser.add_argument("--theirs", default="q8_0,q4_0")
+    parser.add_argument("--theirs", default="q8_0,q4_0,openvino int8,openvino int4")
     parser.add_argument("--rounds", type=int, default=3)
     parser.add_argument("--threads", type=int, default=2)
     parser.add_argument("--write", action="store_true", help="keep the results in benchmarks/results, and write the page's table")

@@ -1,11 +1,16 @@
 """OpenVINO: the model exported once by optimum-intel to a stateful graph, run by the OpenVINO runtime step by step.
 
+int8: every matrix in int8 of one scale and zero point an output, the embedding too. int4: linears in symmetric int4 of groups of 128, the
+output projection and the embedding as under int8. NNCF's own rounding, without data; the runtime rounds inputs of both to int8 in groups.
+
 The output projection is cut to the last position of each sequence, as OpenVINO's own generation pipelines do.
 """
 
 from __future__ import annotations
 
 import argparse
+import hashlib
+import sys
 import time
 from pathlib import Path
 
@@ -14,11 +19,16 @@ import openvino as ov
 from openvino import opset13 as ops
 from protocol import Timing, claim_stdout, serve
 
+QUANTIZED = {"int8": {"bits": 8, "sym": False}, "int4": {"bits": 4, "sym": True, "group_size": 128, "ratio": 1.0}}
 
-def export(folder: Path, target: Path) -> None:
-    from optimum.intel import OVModelForCausalLM
 
-    OVModelForCausalLM.from_pretrained(folder, export=True, compile=False, load_in_8bit=False).save_pretrained(target)
+def export(folder: Path, target: Path, dtype: str) -> None:
+    from optimum.intel import OVModelForCausalLM, OVWeightQuantizationConfig
+
+    how = {"load_in_8bit": False}
+    if dtype in QUANTIZED:
+        how = {"quantization_config": OVWeightQuantizationConfig(**QUANTIZED[dtype])}
+    OVModelForCausalLM.from_pretrained(folder, export=True, compile=False, **how).save_pretrained(target)
 
 
 def keep_last_position(model: ov.Model) -> None:
@@ -36,16 +46,18 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("model", type=Path)
     parser.add_argument("--threads", type=int, default=2)
-    parser.add_argument("--dtype", choices=("auto", "f32", "bf16", "f16"), default="auto", help="INFERENCE_PRECISION_HINT")
+    parser.add_argument("--dtype", choices=("auto", "f32", "bf16", "f16", *QUANTIZED), default="auto", help="of products, or of weights")
     args = parser.parse_args()
-    target = args.model / "openvino"
+    quantized = args.dtype in QUANTIZED
+    config = hashlib.blake2b((args.model / "config.json").read_bytes(), digest_size=4).hexdigest()
+    target = Path(sys.prefix) / "exported" / f"{args.model.name}-{config}-{args.dtype if quantized else 'float'}"
     if not (target / "openvino_model.xml").exists():
-        export(args.model, target)
+        export(args.model, target, args.dtype)
     core = ov.Core()
     model = core.read_model(target / "openvino_model.xml")
     keep_last_position(model)
     settings = {"PERFORMANCE_HINT": "LATENCY", "INFERENCE_NUM_THREADS": args.threads, "NUM_STREAMS": 1}
-    if args.dtype != "auto":
+    if args.dtype != "auto" and not quantized:
         settings["INFERENCE_PRECISION_HINT"] = args.dtype
     compiled = core.compile_model(model, "CPU", settings)
     request = compiled.create_infer_request()
@@ -75,7 +87,8 @@ def main() -> None:
         return logits[:, -1].argmax(-1)[:, None]
 
     precision = compiled.get_property("INFERENCE_PRECISION_HINT").to_string()
-    serve(answers, {"engine": "OpenVINO", "version": ov.__version__, "dtype": precision, "note": "IR weights f16 or bf16"}, generate)
+    about = {"engine": "OpenVINO", "version": ov.__version__, "dtype": precision}
+    serve(answers, about | {"note": f"IR weights {args.dtype if quantized else 'f16 or bf16'}"}, generate)
 
 
 if __name__ == "__main__":
