@@ -56,6 +56,22 @@ class RoundedRows:
     codes: Tensor
     scales: Tensor | None
 
+    @property
+    def shape(self) -> torch.Size:
+        return self.codes.shape
+
+
+class Rounding(Protocol):
+    """How a linear wants its input, of implementations that round in a pass of its own: with what comes before in the same pass."""
+
+    def __call__(self, x: Tensor) -> RoundedRows:
+        """x [T, C], rows may be strided."""
+
+    def rms_norm(self, x: Tensor, residual: Tensor | None, weight: Tensor, eps: float) -> RoundedRows:
+        """Of Ops.rms_norm, or with a residual of Ops.add_rms_norm."""
+
+    def silu_mul(self, x: Tensor) -> RoundedRows: ...
+
 
 @dataclass(frozen=True, slots=True)
 class LinearSpec:
@@ -87,6 +103,7 @@ class Linear(Protocol):
 
     spec: LinearSpec
     nbytes: int
+    rounding: Rounding | None  # None: calls take tensors alone, and what they round they round while it is read
 
     def bind(self, buffer: Tensor) -> None:
         """Use `buffer` (uint8 [nbytes], 256-byte aligned) as storage; its content is kept: it may be already packed."""
@@ -99,8 +116,8 @@ class Linear(Protocol):
 
     def load_bias(self, bias: Tensor, row: int) -> None: ...
 
-    def __call__(self, x: Tensor, out: Tensor | None = None) -> Tensor:
-        """x [T, C] -> [T, spec.width] float32. x may be a view with a row stride."""
+    def __call__(self, x: Any, out: Tensor | None = None) -> Tensor:
+        """x [T, C] -> [T, spec.width] float32. x may be a view with a row stride, or RoundedRows that `rounding` made."""
 
     def rows(self, ids: Tensor, out: Tensor | None = None) -> Tensor:
         """Rows `ids` (int32 [T]) of the weight as float32 [T, C]: a tied embedding reads its packed table. Not of a gated one."""

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Collection, Iterator, Sequence
+from collections.abc import Callable, Collection, Iterator, Sequence
 from dataclasses import asdict
 from functools import partial
 from itertools import pairwise
@@ -23,6 +23,8 @@ FUSED = ("weight", "weight_packed", "qweight")  # a checkpoint with one of these
 
 class JoinedLinear:
     """kernels/ops.Linear of linears whose outputs follow one another: projections of one input that no single product can hold."""
+
+    rounding = None  # each has its own
 
     def __init__(self, parts: Sequence[kernels.Linear]) -> None:
         self.parts = parts
@@ -58,17 +60,19 @@ class JoinedLinear:
 
 
 class GatedLinear:
-    """A gated kernels/ops.Linear over one that is not: gates and ups are stored, then combined."""
+    """A gated kernels/ops.Linear over one that is not: gates and ups are stored, then combined, rounded for the linear it feeds if any."""
 
     def __init__(self, ungated: kernels.Linear | JoinedLinear, site: Site, slot: str) -> None:
         self.ungated = ungated
-        self.nbytes = ungated.nbytes
+        self.nbytes, self.rounding = ungated.nbytes, ungated.rounding
+        self.fed: Callable[[], kernels.Rounding | None] | None = None
         self.bind, self.load_rows, self.load_bias = ungated.bind, ungated.load_rows, ungated.load_bias
         self._silu_mul, self._activations, self._slot = site.ops.silu_mul, site.activations, f"{slot}_parts"
 
-    def __call__(self, x: Tensor, out: Tensor) -> Tensor:
+    def __call__(self, x: Any, out: Tensor) -> Any:
         parts = self._activations.take(self._slot, x.shape[0], 2 * out.shape[1])
-        return self._silu_mul(self.ungated(x, parts), out)
+        rounding = None if self.fed is None else self.fed()
+        return self._silu_mul(self.ungated(x, parts), out) if rounding is None else rounding.silu_mul(self.ungated(x, parts))
 
 
 class Linear(nn.Module):
@@ -109,9 +113,20 @@ class Linear(nn.Module):
         self._activations = site.activations
         self._reduce = site.group.all_reduce if reduce and site.group.size > 1 else None
 
-    def forward(self, x: Tensor) -> Tensor:
+    def forward(self, x: Any) -> Tensor:
+        """x: rows, or RoundedRows from a norm or a gated linear that feeds this one."""
         y = self.op(x, self._activations.take(self._slot, x.shape[0], self.width))
         return y if self._reduce is None else self._reduce(y)
+
+    def feed(self, linear: Linear) -> None:
+        """Nothing but `linear` takes what this gated one makes: it may be rounded for it at once."""
+        if isinstance(self.op, GatedLinear):
+            self.op.fed = linear.asks()
+
+    def asks(self) -> Callable[[], kernels.Rounding | None] | None:
+        """How this linear wants its input, to be asked at each step: who watches inputs puts an `op` in place that wants them as they are.
+        None: it never wants them rounded."""
+        return None if self.op.rounding is None else lambda: getattr(self.op, "rounding", None)
 
     @property
     def nbytes(self) -> int:

@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 from torch import Tensor, nn
 
-from apportion.layers.linear import gate_up, row_parallel
+from apportion.layers.linear import Linear, gate_up, row_parallel
 from apportion.layers.site import Site
 
 
@@ -19,6 +21,12 @@ class GatedMLP(nn.Module):
         hidden = site.spec.hidden
         self.gate_up_proj = gate_up(site, hidden, ffn, bias, f"{slots}gated")
         self.down_proj = row_parallel(site / "down_proj", hidden, ffn, f"{slots}delta", bias)
+        self.gate_up_proj.feed(self.down_proj)
 
-    def forward(self, x: Tensor) -> Tensor:
+    @property
+    def entry(self) -> Linear:
+        """The linear that alone takes the input."""
+        return self.gate_up_proj
+
+    def forward(self, x: Any) -> Tensor:
         return self.down_proj.forward(self.gate_up_proj.forward(x))

@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Collection, Iterator
+from collections.abc import Callable, Collection, Iterator
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
+from apportion.kernels.ops import Rounding
+from apportion.layers.linear import Linear
 from apportion.layers.site import Site
 from apportion.layers.weights import TensorSource
 
@@ -23,11 +25,20 @@ class RMSNorm(nn.Module):
         self.weight = torch.empty(0)  # a view of the weight arena once bound
         self._slot = slot
         self._activations = site.activations
+        self._rounding: Callable[[], Rounding | None] | None = None
         self._rms_norm = site.ops.rms_norm
         self._add_rms_norm = site.ops.add_rms_norm
 
-    def forward(self, x: Tensor, residual: Tensor | None = None) -> Tensor:
-        """x [T, width] -> its norm. With a residual: residual += x in place, then the norm of residual."""
+    def feed(self, linear: Linear | None) -> None:
+        """Nothing but `linear` takes the norm: it may be rounded for it at once."""
+        self._rounding = None if linear is None else linear.asks()
+
+    def forward(self, x: Tensor, residual: Tensor | None = None) -> Any:
+        """x [T, width] -> its norm, as RoundedRows where the linear it feeds wants them. With a residual: residual += x in place, and the
+        norm of that."""
+        rounding = None if self._rounding is None else self._rounding()
+        if rounding is not None:
+            return rounding.rms_norm(x, residual, self.weight, self.eps)
         out = self._activations.take(self._slot, x.shape[0], self.width)
         if residual is None:
             return self._rms_norm(x, self.weight, self.eps, out)

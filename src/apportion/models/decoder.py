@@ -13,7 +13,7 @@ from apportion.layers.site import Site
 
 
 class DecoderLayer(nn.Module):
-    """self_attn: (x [T, M], context) -> [T, M]; mlp: x [T, M] -> [T, M]."""
+    """self_attn: (x [T, M], context) -> [T, M]; mlp: x [T, M] -> [T, M]. One whose input a single linear takes has that as `entry`."""
 
     def __init__(self, site: Site, self_attn: nn.Module, mlp: nn.Module) -> None:
         super().__init__()
@@ -21,6 +21,8 @@ class DecoderLayer(nn.Module):
         self.self_attn = self_attn
         self.post_attention_layernorm = RMSNorm(site / "post_attention_layernorm", site.spec.hidden)
         self.mlp = mlp
+        self.input_layernorm.feed(getattr(self_attn, "entry", None))
+        self.post_attention_layernorm.feed(getattr(mlp, "entry", None))
 
     def forward(self, delta: Tensor | None, residual: Tensor, context: ForwardContext) -> Tensor:
         """delta: what the layer before adds to the residual stream, which is updated in place; returns what this one adds."""

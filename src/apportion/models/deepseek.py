@@ -33,6 +33,7 @@ class LatentAttention(nn.Module):
             self.q_a_proj = replicated(site / "q_a_proj", m.q_lora_rank, spec.hidden, "q_latent", spec.qkv_bias)
             self.q_a_layernorm = RMSNorm(site / "q_a_layernorm", m.q_lora_rank, "q_latent_normed", LATENT_NORM_EPS)
             self.q_proj = column_parallel(site / "q_b_proj", q_width, m.q_lora_rank, "q")
+            self.q_a_layernorm.feed(self.q_proj)
         else:
             self.q_proj = column_parallel(site / "q_proj", q_width, spec.hidden, "q")
         width = m.kv_lora_rank + m.qk_rope_dim

@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 from torch import Tensor, nn
 
 from apportion.attention.backend import ForwardContext
 from apportion.layers.attention import Attention
-from apportion.layers.linear import qkv, row_parallel
+from apportion.layers.linear import Linear, qkv, row_parallel
 from apportion.layers.mlp import GatedMLP
 from apportion.layers.norm import RMSNorm
 from apportion.layers.site import Site
@@ -23,7 +25,11 @@ class LlamaAttention(nn.Module):
         self.attention = Attention(site, layer, q_norm, k_norm)
         self.o_proj = row_parallel(site / "o_proj", spec.hidden, spec.num_heads * spec.head_dim, "delta", spec.out_bias)
 
-    def forward(self, x: Tensor, context: ForwardContext) -> Tensor:
+    @property
+    def entry(self) -> Linear:
+        return self.qkv_proj
+
+    def forward(self, x: Any, context: ForwardContext) -> Tensor:
         return self.o_proj.forward(self.attention.forward(self.qkv_proj.forward(x), context))
 
 

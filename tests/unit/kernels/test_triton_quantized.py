@@ -5,9 +5,10 @@ from importlib.util import find_spec
 import pytest
 import torch
 
+from apportion.core.errors import Unsupported
 from apportion.core.number_format import NumberFormat, Scheme
 from apportion.kernels.interval_table import LIBRARY
-from apportion.kernels.ops import LinearSpec
+from apportion.kernels.ops import ExpertsSpec, LinearSpec
 from apportion.kernels.reference.number_formats import FLOAT8, quantize, quantize_activation
 
 pytestmark = pytest.mark.skipif(not find_spec("triton") or torch.cuda.is_available(), reason="needs Triton and its interpreter")
@@ -82,3 +83,35 @@ def test_inputs_as_bytes(element):
     rounded = Rounding(fmt, FLOAT8[element])(x)
     codes, scales = quantize_activation(x, fmt)
     assert torch.equal(rounded.codes.float(), codes) and torch.equal(rounded.scales, scales)
+
+
+@pytest.mark.parametrize("name", ["e4m3_token", "int8_token", "e4m3_g128", "int8_g32", "e4m3_static", "e4m3_g96"])
+@pytest.mark.parametrize("width", [100, 384])
+def test_norms_and_gates_rounded_in_one_pass(name, width):
+    """Bit for bit what two passes make, with the residual updated; groups that are no power of 2 take two."""
+    from apportion.kernels.triton import elementwise
+    from apportion.kernels.triton.rounding import Rounding
+
+    generator = torch.Generator().manual_seed(4)
+    x, weight, residual = (torch.randn(*shape, generator=generator) for shape in ((3, 2 * width), (width,), (3, width)))
+    fmt = NumberFormat.parse(name)
+    rounding = Rounding(fmt, torch.int8 if fmt.is_integer else FLOAT8[fmt.element], torch.tensor([0.02]) if fmt.scale == "static" else None)
+    mine, theirs = residual.clone(), residual.clone()
+    pairs = (
+        (rounding.rms_norm(x[:, :width], None, weight, 1e-6), rounding(elementwise.rms_norm(x[:, :width], weight, 1e-6))),
+        (rounding.rms_norm(x[:, :width], mine, weight, 1e-6), rounding(elementwise.add_rms_norm(x[:, :width], theirs, weight, 1e-6))),
+        (rounding.silu_mul(x), rounding(elementwise.silu_mul(x))),
+    )
+    for fused, apart in pairs:
+        assert torch.equal(fused.codes.float(), apart.codes.float()) and torch.equal(fused.scales, apart.scales)
+    assert torch.equal(mine, theirs)
+
+
+@pytest.mark.parametrize(
+    ("scheme", "reason"), [("e4m3_tensor@e4m3_static", "by a scale of its own"), ("int4_g32_perm", "in an order of its own")]
+)
+def test_experts_that_cannot_share_their_tokens_are_refused(scheme, reason):
+    from apportion.kernels.triton.ops import TritonOps
+
+    with pytest.raises(Unsupported, match=f"{scheme} have no grouped Triton kernel.* {reason}; take device=cpu"):
+        TritonOps(True, torch.device("cpu"), 1 << 20).experts(ExpertsSpec(2, 64, 64, ((scheme,) * 3,)))

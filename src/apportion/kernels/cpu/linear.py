@@ -35,6 +35,8 @@ class PackedLinear:
     choose: what multiplies how many tokens, GEMV or FLAT; None: a GEMV as far as the registers hold its rows.
     """
 
+    rounding = None
+
     def __init__(self, team: object, spec: LinearSpec, choose: Callable[[int], Choice] | None = None) -> None:
         if why := obstacle(spec.scheme):
             raise Unsupported(f"weights in '{spec.scheme}' have no packed CPU kernels: {why}.")

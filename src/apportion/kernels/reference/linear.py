@@ -11,7 +11,7 @@ from torch import Tensor
 
 from apportion.core.errors import InternalError
 from apportion.core.number_format import Scheme
-from apportion.kernels.ops import ExpertsSpec, Linear, LinearSpec, QuantizedWeight
+from apportion.kernels.ops import ExpertsSpec, Linear, LinearSpec, QuantizedWeight, Rounding
 from apportion.kernels.reference import number_formats
 from apportion.kernels.reference.number_formats import TORCH_DTYPES, pack, spread, unpack
 
@@ -25,6 +25,8 @@ def _aligned(nbytes: int) -> int:
 
 class ReferenceLinear:
     """kernels/ops.Linear in floating point. Buffer: the weight [N, C], then (256-byte aligned) the bias float32 [N]."""
+
+    rounding = None
 
     def __init__(self, spec: LinearSpec) -> None:
         self.spec = spec
@@ -62,6 +64,8 @@ class DequantizedLinear:
     input scale, bias float32 [N]. A call dequantizes panels of rows into the float32 linear. Where the input is rounded, codes multiply
     codes (products of 8-bit numbers are exact in float32) and scales come after, as hardware does it.
     """
+
+    rounding: Rounding | None = None
 
     def __init__(self, spec: LinearSpec, make_linear: Callable[[LinearSpec], Linear]) -> None:
         self.spec = spec

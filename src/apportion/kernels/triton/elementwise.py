@@ -12,28 +12,36 @@ from apportion.kernels.ops import RouteSpec
 
 
 @triton.jit
-def rms_norm_kernel(x, x_stride, residual, residual_stride, weight, out, out_stride, width, eps, ADD: tl.constexpr, BLOCK: tl.constexpr):
-    row = tl.program_id(0).to(tl.int64)
-    columns = tl.arange(0, BLOCK)
-    mask = columns < width
-    values = tl.load(x + row * x_stride + columns, mask=mask, other=0.0).to(tl.float32)
+def normed(x, residual, weight, columns, inside, width, eps, ADD: tl.constexpr):
+    """RMSNorm of a row, float32; with ADD of the row plus that of the residual, which becomes the sum."""
+    values = tl.load(x + columns, mask=inside, other=0.0).to(tl.float32)
     if ADD:
-        place = residual + row * residual_stride + columns
-        values += tl.load(place, mask=mask, other=0.0).to(tl.float32)
-        tl.store(place, values.to(residual.dtype.element_ty), mask=mask)
+        values += tl.load(residual + columns, mask=inside, other=0.0).to(tl.float32)
+        tl.store(residual + columns, values.to(residual.dtype.element_ty), mask=inside)
     scale = 1.0 / tl.sqrt(tl.sum(values * values, axis=0) / width + eps)
-    gain = tl.load(weight + columns, mask=mask, other=0.0)
-    tl.store(out + row * out_stride + columns, (values * scale * gain).to(out.dtype.element_ty), mask=mask)
+    return values * scale * tl.load(weight + columns, mask=inside, other=0.0)
+
+
+@triton.jit
+def gated(x, columns, inside, width):
+    """silu(gates) * ups of a row whose gates come first, float32."""
+    gate = tl.load(x + columns, mask=inside, other=0.0).to(tl.float32)
+    return gate * tl.sigmoid(gate) * tl.load(x + width + columns, mask=inside, other=0.0).to(tl.float32)
+
+
+@triton.jit
+def rms_norm_kernel(x, x_stride, residual, residual_stride, weight, out, out_stride, width, eps, ADD: tl.constexpr, BLOCK: tl.constexpr):
+    row, columns = tl.program_id(0).to(tl.int64), tl.arange(0, BLOCK)
+    inside = columns < width
+    values = normed(x + row * x_stride, residual + row * residual_stride, weight, columns, inside, width, eps, ADD)
+    tl.store(out + row * out_stride + columns, values.to(out.dtype.element_ty), mask=inside)
 
 
 @triton.jit
 def silu_mul_kernel(x, x_stride, out, out_stride, width, BLOCK: tl.constexpr):
-    row = tl.program_id(0).to(tl.int64)
-    columns = tl.program_id(1) * BLOCK + tl.arange(0, BLOCK)
-    mask = columns < width
-    gate = tl.load(x + row * x_stride + columns, mask=mask, other=0.0).to(tl.float32)
-    up = tl.load(x + row * x_stride + width + columns, mask=mask, other=0.0).to(tl.float32)
-    tl.store(out + row * out_stride + columns, (gate * tl.sigmoid(gate) * up).to(out.dtype.element_ty), mask=mask)
+    row, columns = tl.program_id(0).to(tl.int64), tl.program_id(1) * BLOCK + tl.arange(0, BLOCK)
+    inside = columns < width
+    tl.store(out + row * out_stride + columns, gated(x + row * x_stride, columns, inside, width).to(out.dtype.element_ty), mask=inside)
 
 
 @triton.jit
@@ -95,7 +103,7 @@ def _rows(x: Tensor, width: int, out: Tensor | None) -> Tensor:
     return x.new_empty((x.shape[0], width)) if out is None else out
 
 
-def _num_warps(width: int) -> int:
+def num_warps_for(width: int) -> int:
     return min(16, max(1, width // 512))
 
 
@@ -105,7 +113,7 @@ def rms_norm(x: Tensor, weight: Tensor, eps: float, out: Tensor | None = None) -
     block = triton.next_power_of_2(width)
     if rows:
         rms_norm_kernel[(rows,)](
-            x, x.stride(0), x, 0, weight, out, out.stride(0), width, eps, ADD=False, BLOCK=block, num_warps=_num_warps(block)
+            x, x.stride(0), x, 0, weight, out, out.stride(0), width, eps, ADD=False, BLOCK=block, num_warps=num_warps_for(block)
         )
     return out
 
@@ -117,7 +125,7 @@ def add_rms_norm(x: Tensor, residual: Tensor, weight: Tensor, eps: float, out: T
     if rows:
         rms_norm_kernel[(rows,)](
             x, x.stride(0), residual, residual.stride(0), weight, out, out.stride(0), width, eps,
-            ADD=True, BLOCK=block, num_warps=_num_warps(block),
+            ADD=True, BLOCK=block, num_warps=num_warps_for(block),
         )  # fmt: skip
     return out
 

@@ -15,7 +15,7 @@ import triton.language as tl
 from torch import Tensor
 
 from apportion.core.errors import Unsupported
-from apportion.core.number_format import FLOATS
+from apportion.core.number_format import FLOATS, Scheme
 from apportion.kernels.ops import ExpertsSpec, LinearSpec, RoundedRows
 from apportion.kernels.reference.linear import ReferenceExperts, ReferenceLinear
 from apportion.kernels.reference.number_formats import TORCH_DTYPES
@@ -95,6 +95,14 @@ class _Format:
         self.zero = buffer.view(types.get("zero", self.scale.dtype))
 
 
+def _obstacle(scheme: str) -> str:
+    """What experts that share their tokens cannot each do."""
+    parsed = Scheme.parse(scheme)
+    if parsed.activation is not None and parsed.activation.scale == "static":
+        return "round the tokens by a scale of its own"
+    return "take the tokens' channels in an order of its own" if parsed.weight.permuted else ""
+
+
 class MixedExperts(ReferenceExperts):
     """kernels/ops.Experts of any schemes: one linear for each expert and projection, side by side in the buffer."""
 
@@ -106,10 +114,8 @@ class MixedExperts(ReferenceExperts):
         for expert, linears in enumerate(self._linears):
             for projection, linear in linears.items():
                 scheme = linear.spec.scheme
-                if scheme.endswith("static"):
-                    raise Unsupported(
-                        f"experts in {scheme} have no grouped Triton kernel: each would round the tokens by a scale of its own"
-                    )
+                if obstacle := _obstacle(scheme):
+                    raise Unsupported(f"experts in {scheme} have no grouped Triton kernel: each would {obstacle}; take device=cpu")
                 formats = self._formats[projection]
                 formats.setdefault(scheme, _Format(scheme, linear, tile)).add(expert, linear, start)
                 start += -(-linear.nbytes // 256) * 256

@@ -201,6 +201,14 @@ def _rowwise(ops: TritonOps) -> None:
     ops.route(_empty(16, 64, dtype=torch.float32), RouteSpec(64, 6))
 
 
+def _rounding(ops: TritonOps) -> None:
+    """Norms and gates that end in codes, of a row and of groups."""
+    for scheme in ("e4m3_channel@e4m3_token", "e4m3_b128x128@e4m3_g128"):
+        rounding = ops.linear(LinearSpec(4096, 4096, scheme)).rounding
+        rounding.rms_norm(_empty(16, 4096), _empty(16, 4096, dtype=torch.float32), _empty(4096, dtype=torch.float32), 1e-5)
+        rounding.silu_mul(_empty(16, 28672))
+
+
 def _sampling(ops: TritonOps) -> None:
     logits = _empty(16, 128_256, dtype=torch.float32)
     dtypes = {"top_k": torch.int32, "seed": torch.int64, "position": torch.int64}
@@ -217,6 +225,7 @@ CODED = (  # the first seven have every way through the kernel
 )  # fmt: skip
 DEFAULT: dict[str, Workload] = {
     "rowwise": _rowwise,
+    "rounding": _rounding,
     "sampling": _sampling,
     "linear-16": _linear(16),
     "linear-64": _linear(64),

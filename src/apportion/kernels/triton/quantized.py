@@ -256,15 +256,14 @@ class CodedLinear(DequantizedLinear):
         self.width = -(-spec.in_features * weight.bits // 32) * 4 // self.code_dtype.itemsize
         self._offset = 128 if self.product == "bytes" and weight.is_integer else 0
         self._choose = choose
-        self.rounding: Rounding | None = None
-        if activation is not None:
-            eight = {"bytes": as_bytes, "int8": torch.int8}
-            self.rounding = Rounding(activation, eight.get(self.product, torch.bfloat16))
+        rounded_as = {"bytes": as_bytes, "int8": torch.int8}.get(self.product, torch.bfloat16)
+        self._round = None if activation is None else Rounding(activation, rounded_as)
+        self.rounding = None if weight.permuted else self._round  # norms and gates know nothing of an order
 
     def bind(self, buffer: Tensor) -> None:
         super().bind(buffer)
-        if self.rounding is not None:
-            self.rounding.input_scale = self._stored.get("input_scale")
+        if self._round is not None:
+            self._round.input_scale = self._stored.get("input_scale")
 
     def pack(self, codes: Tensor) -> Tensor:
         return super().pack(codes ^ self._offset)
@@ -272,19 +271,18 @@ class CodedLinear(DequantizedLinear):
     def unpack(self, words: Tensor) -> Tensor:
         return super().unpack(words) ^ self._offset
 
-    def __call__(self, x: Tensor, out: Tensor | None = None) -> Tensor:
+    def __call__(self, x: Tensor | RoundedRows, out: Tensor | None = None) -> Tensor:
         rows, n = x.shape[0], self.spec.out_features
         if out is None:
             out = torch.empty((rows, n), dtype=torch.float32, device=x.device)
         if not rows:
             return out
-        if self.scheme.weight.permuted:
-            x = x.index_select(1, self._stored["order"])
-        rounded = RoundedRows(x, None) if self.rounding is None else self.rounding(x)
-        choice = self._choose(rows) if self._choose is not None else self._filling(x.device)
-        if choice.kernel == "library":
-            return self._by_library(rounded, out)
-        return self._flat(rounded, out, choice)
+        if isinstance(x, Tensor):
+            if self.scheme.weight.permuted:
+                x = x.index_select(1, self._stored["order"])
+            x = RoundedRows(x, None) if self._round is None else self._round(x)
+        choice = self._choose(rows) if self._choose is not None else self._filling(out.device)
+        return self._by_library(x, out) if choice.kernel == "library" else self._flat(x, out, choice)
 
     def _filling(self, device: torch.device) -> Choice:
         splits = choose_splits(self.spec.out_features, self.spec.in_features, num_multiprocessors(device), self.tiles[0])
@@ -300,7 +298,7 @@ class CodedLinear(DequantizedLinear):
         coded_kernel[(triton.cdiv(n, tile.n), splits, triton.cdiv(rows, block_t))](
             x.codes, x.codes.stride(0), x.codes if x.scales is None else x.scales, stored["codes"].view(self.code_dtype), stored["scale"],
             stored.get("zero", stored["scale"]), stored["scale"] if bias is None else bias, parts, parts.stride(-2), rows, n, c, self.width,
-            self.num_scales, per_split, **self.constants, **x_constants(self.rounding, x), HAS_BIAS=bias is not None and splits == 1,
+            self.num_scales, per_split, **self.constants, **x_constants(self._round, x), HAS_BIAS=bias is not None and splits == 1,
             SPLITS=splits, BLOCK_T=block_t, BLOCK_N=tile.n, BLOCK_K=tile.k, **tile.launch,
         )  # fmt: skip
         if splits > 1:

@@ -1,6 +1,6 @@
 """Inputs of a product rounded to codes and scales, as kernels/reference/number_formats.quantize_activation does it.
 
-`round_and_store` is the end of every kernel that makes such inputs: of plain rows here, of norms and gates in kernels/triton/elementwise.
+`round_and_store` is the end of every kernel that makes such inputs: of plain rows, of norms, of gates and ups.
 """
 
 from __future__ import annotations
@@ -16,7 +16,9 @@ from apportion.core.number_format import NumberFormat
 from apportion.kernels.ops import RoundedRows
 from apportion.kernels.reference.number_formats import FLOAT8_MAX, LEAST_TOKEN_SCALE
 from apportion.kernels.triton import float8
+from apportion.kernels.triton.elementwise import add_rms_norm, gated, normed, num_warps_for, rms_norm, silu_mul
 
+MOST_FUSED = 16384  # inputs of a row that one program holds
 NEAREST = tl.constexpr(12582912.0)  # 1.5 * 2^23: its last place is 1
 
 
@@ -78,37 +80,95 @@ def round_kernel(
     )
 
 
+@triton.jit
+def norm_round_kernel(
+    x, x_stride, residual, residual_stride, weight, codes, scales, input_scale, width, eps, groups, reach, least,
+    ADD: tl.constexpr, GROUPS: tl.constexpr, STATIC: tl.constexpr, INTEGER: tl.constexpr, LARGEST: tl.constexpr, BLOCK: tl.constexpr,
+):  # fmt: skip
+    row, columns = tl.program_id(0).to(tl.int64), tl.arange(0, BLOCK)
+    inside = columns < width
+    values = normed(x + row * x_stride, residual + row * residual_stride, weight, columns, inside, width, eps, ADD)
+    round_and_store(
+        values, columns, inside, codes + row * width, scales + row * groups, input_scale, groups, 0, reach, least,
+        GROUPS, STATIC, INTEGER, LARGEST,
+    )  # fmt: skip
+
+
+@triton.jit
+def gate_round_kernel(
+    x, x_stride, codes, scales, input_scale, width, groups, reach, least,
+    GROUPS: tl.constexpr, STATIC: tl.constexpr, INTEGER: tl.constexpr, LARGEST: tl.constexpr, BLOCK: tl.constexpr,
+):  # fmt: skip
+    """Grid (T, blocks of GROUPS groups)."""
+    row, block = tl.program_id(0).to(tl.int64), tl.program_id(1)
+    columns = block * BLOCK + tl.arange(0, BLOCK)
+    inside = columns < width
+    round_and_store(
+        gated(x + row * x_stride, columns, inside, width), columns, inside, codes + row * width, scales + row * groups, input_scale, groups,
+        block * GROUPS, reach, least, GROUPS, STATIC, INTEGER, LARGEST,
+    )  # fmt: skip
+
+
 class Rounding:
-    """How a linear wants its input: `fmt`, with codes stored as `dtype`. input_scale: of a static format."""
+    """kernels/ops.Rounding: `fmt`, with codes stored as `dtype`. input_scale: of a static format."""
 
     def __init__(self, fmt: NumberFormat, dtype: torch.dtype, input_scale: Tensor | None = None) -> None:
         self.fmt, self.dtype, self.input_scale = fmt, dtype, input_scale
-        integer, static = fmt.is_integer, fmt.scale == "static"
-        self.reach = (2.0**fmt.bits - 1) / 2 if integer else FLOAT8_MAX[fmt.element]
-        self.least = torch.finfo(torch.float32).eps if integer else LEAST_TOKEN_SCALE
-        self.constants: dict[str, Any] = {
-            "STATIC": static, "INTEGER": integer, "LARGEST": 2.0 ** (fmt.bits - 1) - 1 if integer else FLOAT8_MAX[fmt.element],
+        integer = fmt.is_integer
+        self._reach = (2.0**fmt.bits - 1) / 2 if integer else FLOAT8_MAX[fmt.element]
+        self._least = torch.finfo(torch.float32).eps if integer else LEAST_TOKEN_SCALE
+        self._constants: dict[str, Any] = {
+            "STATIC": fmt.scale == "static", "INTEGER": integer,
+            "LARGEST": 2.0 ** (fmt.bits - 1) - 1 if integer else FLOAT8_MAX[fmt.element],
         }  # fmt: skip
 
-    def empty(self, rows: int, c: int, device: torch.device) -> RoundedRows:
-        groups = triton.cdiv(c, self.fmt.block[1] or c)
-        return RoundedRows(
-            torch.empty((rows, c), dtype=self.dtype, device=device), torch.empty((rows, groups), dtype=torch.float32, device=device)
-        )
-
-    def arguments(self, out: RoundedRows) -> tuple[Any, ...]:
-        """Of kernels that end in `round_and_store`: (codes, scales, input_scale)."""
-        codes = out.codes.view(torch.uint8) if out.codes.is_floating_point() and out.codes.itemsize == 1 else out.codes
-        return codes, out.scales, out.scales if self.input_scale is None else self.input_scale
-
     def __call__(self, x: Tensor) -> RoundedRows:
-        """x [T, C], rows may be strided."""
         rows, c = x.shape
-        width, out = self.fmt.block[1] or c, self.empty(rows, c, x.device)
-        groups = out.scales.shape[1]
+        width, (out, *places) = self.fmt.block[1] or c, self._empty(rows, c, x.device)
+        groups = places[1].shape[1]
         if rows:
             round_kernel[(rows, groups)](
-                x, x.stride(0), *self.arguments(out), c, groups, self.reach, self.least, **self.constants, WIDTH=width,
+                x, x.stride(0), *places, c, groups, self._reach, self._least, **self._constants, WIDTH=width,
                 BLOCK=triton.next_power_of_2(width),
             )  # fmt: skip
         return out
+
+    def rms_norm(self, x: Tensor, residual: Tensor | None, weight: Tensor, eps: float) -> RoundedRows:
+        rows, c = x.shape
+        block, add = triton.next_power_of_2(c), residual is not None
+        if block % self._group(block) or block > MOST_FUSED:
+            return self(rms_norm(x, weight, eps) if residual is None else add_rms_norm(x, residual, weight, eps))
+        out, *places = self._empty(rows, c, x.device)
+        if rows:
+            norm_round_kernel[(rows,)](
+                x, x.stride(0), x if residual is None else residual, 0 if residual is None else residual.stride(0), weight, *places, c, eps,
+                places[1].shape[1], self._reach, self._least, ADD=add, GROUPS=block // self._group(block), **self._constants, BLOCK=block,
+                num_warps=num_warps_for(block),
+            )  # fmt: skip
+        return out
+
+    def silu_mul(self, x: Tensor) -> RoundedRows:
+        rows, c = x.shape[0], x.shape[1] // 2
+        whole = triton.next_power_of_2(c)
+        group = self._group(whole)
+        block = max(group, min(1024, whole))
+        if block % group or block > MOST_FUSED:
+            return self(silu_mul(x))
+        out, *places = self._empty(rows, c, x.device)
+        if rows:
+            gate_round_kernel[(rows, triton.cdiv(c, block))](
+                x, x.stride(0), *places, c, places[1].shape[1], self._reach, self._least, GROUPS=block // group, **self._constants,
+                BLOCK=block, num_warps=num_warps_for(block),
+            )  # fmt: skip
+        return out
+
+    def _group(self, whole: int) -> int:
+        """Inputs that share a scale, of a row padded to `whole`."""
+        return self.fmt.block[1] or whole
+
+    def _empty(self, rows: int, c: int, device: torch.device) -> tuple[RoundedRows, Tensor, Tensor, Tensor]:
+        """The result, and what of it the kernels are given: codes, scales, the static scale."""
+        codes = torch.empty((rows, c), dtype=self.dtype, device=device)
+        scales = torch.empty((rows, triton.cdiv(c, self.fmt.block[1] or c)), dtype=torch.float32, device=device)
+        stored = codes.view(torch.uint8) if codes.is_floating_point() and codes.itemsize == 1 else codes
+        return RoundedRows(codes, scales), stored, scales, scales if self.input_scale is None else self.input_scale
