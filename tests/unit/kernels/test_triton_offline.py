@@ -14,7 +14,8 @@ pytestmark = pytest.mark.skipif(not find_spec("triton"), reason="triton is not i
 KERNELS = {
     "rms_norm_kernel", "silu_mul_kernel", "rotate_kernel", "route_kernel", "sample_kernel", "bitmask_kernel", "flat_kernel",
     "add_splits_kernel", "align_kernel", "gate_up_kernel", "down_kernel", "weigh_kernel", "paged_kernel", "combine_kernel",
-    "unified_combine_kernel", "latent_kernel", "write_kernel", "write_latent_kernel", "coded_kernel", "round_kernel", "norm_round_kernel", "gate_round_kernel",
+    "unified_combine_kernel", "latent_kernel", "write_kernel", "write_latent_kernel", "coded_kernel", "round_kernel",
+    "norm_round_kernel", "gate_round_kernel",
     "grouped_kernel",
 }  # fmt: skip
 PRODUCTS = {
