@@ -1,6 +1,7 @@
 """Paged and latent attention on a GPU: the step's metadata in static device buffers, then the kernels of attention_kernels.
 
-Requests with one row (decode) go to programs that share their context in splits, all others to tiles of rows. Nothing reads the device.
+Requests with one row (decode) go to programs that share their context in splits, all others to tiles of rows; prompts that come whole go
+to the library where `library_obstacle` is empty. Nothing reads the device.
 """
 
 from __future__ import annotations
@@ -11,6 +12,7 @@ from typing import Any
 
 import numpy as np
 import torch
+import torch.nn.functional as F
 import triton
 from torch import Tensor
 
@@ -35,7 +37,8 @@ STAGES = 3  # host buffers of metadata in turn: more than the steps that can be 
 @dataclass(slots=True)
 class Plan:
     """One step on the device, int32. starts [R+1], seq_lens [R], request_of [T] (-1: padding), table [R, W], decode [R, 2] and tiles
-    [N, 2]: (request, first of its rows), -1 where there is nothing to do. num_decode: 0 or R. num_tokens: rows of the step."""
+    [N, 2]: (request, first of its rows), -1 where there is nothing to do. num_decode: 0 or R. num_tokens: rows of the step. whole: rows
+    [first, last) of each request that the library attends for."""
 
     starts: Tensor
     seq_lens: Tensor
@@ -45,6 +48,7 @@ class Plan:
     tiles: Tensor
     num_decode: int
     num_tokens: int
+    whole: list[tuple[int, int]]
 
 
 class Metadata:
@@ -81,23 +85,29 @@ class Metadata:
 
 
 def plan_step(
-    metadata: Metadata, tile_tokens: int, query_start_loc: Tensor, seq_lens: Tensor, block_table: Tensor, num_requests: int, num_tokens: int
-) -> Plan:
-    """tile_tokens: rows of one request that a program of the prefill kernel takes. The tensors lie on the host."""
+    metadata: Metadata, tile_tokens: int, longest_whole: int, query_start_loc: Tensor, seq_lens: Tensor, block_table: Tensor,
+    num_requests: int, num_tokens: int,
+) -> Plan:  # fmt: skip
+    """tile_tokens: rows of one request that a program of the prefill kernel takes. longest_whole: of prompts for the library. The tensors
+    lie on the host."""
     starts = query_start_loc[: num_requests + 1].numpy()
     counts = np.diff(starts)
     request_of = np.full(num_tokens, -1, np.int32)
     request_of[: starts[-1]] = np.repeat(np.arange(num_requests, dtype=np.int32), counts)
     decode = np.zeros((num_requests, 2), np.int32)
     decode[:, 0] = np.where(counts == 1, np.arange(num_requests), -1)
-    longer = np.flatnonzero(counts > 1).astype(np.int32)
+    lens = seq_lens[:num_requests].numpy()
+    whole = (counts > 1) & (counts == lens) & (lens <= longest_whole)
+    longer = np.flatnonzero((counts > 1) & ~whole).astype(np.int32)
     num_tiles = -(-counts[longer] // tile_tokens)
     tiles = np.zeros((int(num_tiles.sum()), 2), np.int32)
     tiles[:, 0] = np.repeat(longer, num_tiles)
     tiles[:, 1] = (np.arange(len(tiles)) - np.repeat(np.cumsum(num_tiles) - num_tiles, num_tiles)) * tile_tokens
     table = block_table[:num_requests].numpy()
-    parts = [starts, seq_lens[:num_requests].numpy(), request_of, table, decode, tiles]
-    return Plan(*metadata.upload(parts), num_decode=num_requests if (counts == 1).any() else 0, num_tokens=num_tokens)
+    parts = [starts, lens, request_of, table, decode, tiles]
+    num_decode = num_requests if (counts == 1).any() else 0
+    rows = [(int(starts[i]), int(starts[i + 1])) for i in np.flatnonzero(whole)]
+    return Plan(*metadata.upload(parts), num_decode=num_decode, num_tokens=num_tokens, whole=rows)
 
 
 def choose_splits(programs: int, max_context: int, multiprocessors: int) -> int:
@@ -110,15 +120,30 @@ def _check(spec: AttentionSpec, arena: Tensor) -> None:
     if kv.format.name not in PRODUCTS:
         raise Unsupported(f"KV in {kv.format.name} has no Triton kernel; kv_cache_dtype can be {', '.join(PRODUCTS)}")
     if kv.head_dim > (1024 if kv.latent else 256) or kv.v_head_dim > (512 if kv.latent else 256):
-        raise Unsupported(f"Triton attention takes heads of at most 256 channels (latents of 512), got {kv.head_dim} and {kv.v_head_dim}")
+        raise Unsupported(
+            f"Triton attention takes heads of at most 256 channels (latents of 512), got {kv.head_dim} and {kv.v_head_dim}; take device=cpu"
+        )
     if not kv.latent and (kv.head_dim % kv.format.lanes or kv.v_head_dim % kv.format.lanes):
-        raise Unsupported(f"Triton attention in {kv.format.name} takes head dimensions that are multiples of {kv.format.lanes}")
+        raise Unsupported(
+            f"Triton attention over a cache in {kv.format.name} takes heads of a multiple of {kv.format.lanes} channels, got {kv.head_dim} "
+            f"and {kv.v_head_dim}; take kv_cache_dtype=float32"
+        )
     if spec.num_heads % kv.num_kv_heads:
         raise Unsupported(f"{spec.num_heads} query heads cannot share {kv.num_kv_heads} kv heads evenly")
     if spec.rotary_dim % 2 or spec.rotary_dim > kv.head_dim:
         raise Unsupported(f"rotary_dim must be even and at most head_dim ({kv.head_dim}), got {spec.rotary_dim}")
     if arena.dtype != torch.uint8 or not arena.is_contiguous() or arena.data_ptr() % 16:
         raise Unsupported("the KV arena must be contiguous uint8 and aligned to 16 bytes")
+
+
+def library_obstacle(spec: AttentionSpec) -> str:
+    """Why the library cannot attend for whole prompts as the paged kernel does; empty where it can."""
+    kv = spec.kv
+    if kv.format.lanes != 2:
+        return f"over a cache in {kv.format.name} its numbers would be others; it takes bfloat16 and float16"
+    if kv.head_dim != kv.v_head_dim or kv.head_dim % 8:
+        return f"it takes keys and values of one width, a multiple of 8, not {kv.head_dim} and {kv.v_head_dim}"
+    return ""
 
 
 class _Planned:
@@ -139,6 +164,7 @@ class _Planned:
         self._read = {**self._stored, "UNIT": UNITS.get(element, 1.0), "dtype": PRODUCTS[name]}
         self._scale = spec.scale * math.log2(math.e)
         self._multiprocessors = num_multiprocessors(arena.device)
+        self._longest_whole = 0  # of prompts that the library attends for
 
     @property
     def generation(self) -> int:
@@ -158,7 +184,8 @@ class _Planned:
     ) -> Plan:
         """A plan of the same sizes as the last lies where that did, whether `handle` gives it or not: graphs need no more."""
         tile_tokens = self.prefill_tile.rows // self._heads(self.prefill_tile)
-        return plan_step(self.metadata, tile_tokens, query_start_loc, seq_lens, block_table, num_requests, num_tokens)
+        step = query_start_loc, seq_lens, block_table, num_requests, num_tokens
+        return plan_step(self.metadata, tile_tokens, self._longest_whole, *step)
 
     def _shape(self, plan: Plan, tile: Tile) -> tuple[int, int]:
         """(programs beside the items: kv heads times blocks of heads, splits of a decode step)"""
@@ -181,11 +208,12 @@ class _Planned:
 
 
 class PagedAttention(_Planned):
-    """kernels/ops.PagedAttention. `unify` turns the softmax of a layer into that of FlashDecoding++."""
+    """kernels/ops.PagedAttention. `unify` turns the softmax of a layer into that of FlashDecoding++. library: attends for whole prompts."""
 
-    def __init__(self, spec: AttentionSpec, arena: Tensor, decode_tile: Tile, prefill_tile: Tile) -> None:
+    def __init__(self, spec: AttentionSpec, arena: Tensor, decode_tile: Tile, prefill_tile: Tile, library: bool = False) -> None:
         super().__init__(spec, arena, decode_tile, prefill_tile)
         kv = spec.kv
+        self._longest_whole = (kv.sliding_window or 1 << 30) if library else 0
         self._phi: dict[int, Tensor] = {}
         self.recomputed = torch.zeros(1, dtype=torch.int32, device=arena.device)
         padded = triton.next_power_of_2
@@ -222,7 +250,7 @@ class PagedAttention(_Planned):
             plan.seq_lens, plan.table, plan.table.stride(0), q_norm if normalized else cos_sin, k_norm if normalized else cos_sin,
             self.spec.qk_norm_eps or 0.0,
             Q_HEADS=self.spec.num_heads, K_HEADS=kv.num_kv_heads, D=kv.head_dim, DV=kv.v_head_dim, HALF=half,
-            INTERLEAVED=self.spec.interleaved, NORM=normalized, SCALED=scales is not None, **self._stored,
+            INTERLEAVED=self.spec.interleaved, NORM=normalized, BACK=bool(plan.whole), SCALED=scales is not None, **self._stored,
             BLOCK=padded(max(1, half)), REST=padded(max(kv.v_head_dim, kv.head_dim - 2 * half)), num_warps=1,
         )  # fmt: skip
 
@@ -236,7 +264,17 @@ class PagedAttention(_Planned):
                 *self._inputs(layer_offset, qkv, plan, plan.tiles, scales, out), out, out.stride(0), out,
                 **self._shapes, **self._cut(self.prefill_tile), SCALED=scales is not None, PARTIAL=False, SPLITS=1, UNIFIED=False,
             )  # fmt: skip
+        for first, last in plan.whole:
+            self._by_library(qkv[first:last], out[first:last])
         return out
+
+    def _by_library(self, qkv: Tensor, out: Tensor) -> None:
+        """Causal attention of one prompt among its own rows, whose keys `write` has left rotated. Rounded as the cache rounds."""
+        heads, kv = self.spec.num_heads, self._group
+        rows = qkv.to(TORCH_DTYPES[kv.format.name]).unflatten(-1, (-1, kv.head_dim)).transpose(0, 1)[None]
+        q, k, v = rows.split((heads, kv.num_kv_heads, kv.num_kv_heads), dim=1)
+        attended = F.scaled_dot_product_attention(q, k, v, is_causal=True, scale=self.spec.scale, enable_gqa=True)
+        out.unflatten(-1, (heads, -1)).copy_(attended[0].transpose(0, 1))
 
     def _decode(self, layer_offset: int, qkv: Tensor, out: Tensor, plan: Plan, scales: Tensor | None) -> None:
         blocks, splits = self._shape(plan, self.decode_tile)
@@ -269,7 +307,7 @@ class LatentAttention(_Planned):
 
     def unify(self, layer_offset: int, phi_H: Tensor | None) -> None:
         if phi_H is not None:
-            raise Unsupported("latent attention has no unified softmax on a GPU; leave out softmax_table")
+            raise Unsupported("latent attention has no unified softmax on a GPU; leave out softmax_table, its softmax is then online")
 
     def write(self, layer_offset: int, latent: Tensor, handle: Plan, scales: Tensor | None = None) -> None:
         kv, plan = self._group, handle

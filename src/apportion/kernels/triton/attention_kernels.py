@@ -395,10 +395,10 @@ def _keep(place, x, scale, mask, MANTISSA: tl.constexpr):
 def write_kernel(
     qkv, stride, cos_sin, arena, layer_bytes, scales, request_of, starts, seq_lens, table, table_stride, q_norm, k_norm, eps,
     Q_HEADS: tl.constexpr, K_HEADS: tl.constexpr, D: tl.constexpr, DV: tl.constexpr, HALF: tl.constexpr, INTERLEAVED: tl.constexpr,
-    NORM: tl.constexpr, LANES: tl.constexpr, MANTISSA: tl.constexpr, SCALED: tl.constexpr, BLOCK_SIZE: tl.constexpr, BLOCK: tl.constexpr,
-    REST: tl.constexpr,
+    NORM: tl.constexpr, BACK: tl.constexpr, LANES: tl.constexpr, MANTISSA: tl.constexpr, SCALED: tl.constexpr, BLOCK_SIZE: tl.constexpr,
+    BLOCK: tl.constexpr, REST: tl.constexpr,
 ):  # fmt: skip
-    """Grid (T, H + 2K): normalize and rotate a head of q in place, or of k into the arena; copy a head of v there.
+    """Grid (T, H + 2K): normalize and rotate a head of q in place, or of k into the arena, with BACK in place too; copy a head of v there.
 
     arena: of the KV dtype, bytes where that has 8 bits. HALF: pairs that are rotated, in BLOCK lanes; the other channels of the head in
     REST lanes (a power of 2 each).
@@ -436,12 +436,12 @@ def write_kernel(
             angles = cos_sin + position.to(tl.int64) * (2 * HALF) + pairs
             cos, sin = tl.load(angles, mask=turned, other=0.0), tl.load(angles + HALF, mask=turned, other=0.0)
             a, b = a * cos - b * sin, b * cos + a * sin
-            if part < Q_HEADS:
+            if (part < Q_HEADS) | BACK:
                 tl.store(head + first, a.to(qkv.dtype.element_ty), mask=turned)
                 tl.store(head + second, b.to(qkv.dtype.element_ty), mask=turned)
                 if NORM:
                     tl.store(head + rest, c.to(qkv.dtype.element_ty), mask=rest < D)
-            else:
+            if part >= Q_HEADS:
                 k = layer + (part - Q_HEADS) * (K_ROWS * BLOCK_SIZE * LANES) + slot * LANES
                 k_scale = _unit(scales, part - Q_HEADS, 1.0, SCALED)
                 _keep(k + first // LANES * width + first % LANES, a, k_scale, turned, MANTISSA)

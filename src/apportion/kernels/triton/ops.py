@@ -11,7 +11,7 @@ from torch import Tensor
 from apportion.core.number_format import FLOATS
 from apportion.kernels.interval_table import LIBRARY, Choice, IntervalTable
 from apportion.kernels.ops import AttentionSpec, ExpertsSpec, LinearSpec
-from apportion.kernels.triton import elementwise, quantized, sampling
+from apportion.kernels.triton import attention, elementwise, quantized, sampling
 from apportion.kernels.triton.attention import LatentAttention, PagedAttention
 from apportion.kernels.triton.device import float8_units
 from apportion.kernels.triton.experts import GroupedExperts
@@ -36,6 +36,7 @@ class TritonOps:
         self.device = device
         self._told: set[str] = set()
         self._table = None if interpreted else table
+        self._interpreted = interpreted
         self.tiles = Tiles().within(shared_bytes)
         self.units = ("e4m3",) if interpreted else float8_units()
         self.rms_norm, self.add_rms_norm, self.silu_mul = elementwise.rms_norm, elementwise.add_rms_norm, elementwise.silu_mul
@@ -61,10 +62,13 @@ class TritonOps:
 
     def _tell(self, scheme: str, more: str = "") -> None:
         """Say once how linears of a scheme are computed; slow ones as a warning."""
-        if scheme + more not in self._told:
-            self._told.add(scheme + more)
-            words = quantized.method(scheme, self.units)
-            logger.log(logging.WARNING if "float32" in words else logging.INFO, "linears in %s: %s%s", scheme, words, more)
+        words = quantized.method(scheme, self.units)
+        self._say(f"linears in {scheme}: {words}{more}", logging.WARNING if "float32" in words else logging.INFO)
+
+    def _say(self, words: str, level: int = logging.INFO) -> None:
+        if words not in self._told:
+            self._told.add(words)
+            logger.log(level, words)
 
     def _choose(self, spec: LinearSpec) -> Callable[[int], Choice] | None:
         if self._table is None:
@@ -86,7 +90,10 @@ class TritonOps:
         return MixedExperts(spec, self.tiles.experts[0], self.units)
 
     def paged_attention(self, spec: AttentionSpec, arena: Tensor) -> PagedAttention:
-        return PagedAttention(spec, arena, self.tiles.decode[0], self.tiles.prefill[0])
+        obstacle = "kernels are interpreted" if self._interpreted else attention.library_obstacle(spec)
+        said = f"the paged kernel: {obstacle}" if obstacle else "torch's scaled_dot_product_attention"
+        self._say(f"prompts that come whole are attended for by {said}")
+        return PagedAttention(spec, arena, self.tiles.decode[0], self.tiles.prefill[0], library=not obstacle)
 
     def latent_attention(self, spec: AttentionSpec, arena: Tensor) -> LatentAttention:
         return LatentAttention(spec, arena, self.tiles.latent_decode[0], self.tiles.latent_prefill[0])

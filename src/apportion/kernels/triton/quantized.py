@@ -246,7 +246,7 @@ class CodedLinear(DequantizedLinear):
                 f"a {'gated ' * spec.gated}linear in {spec.scheme} has no Triton kernel; a dtype alone, or codes with scales, have"
             )
         if activation is not None and activation.is_float:
-            raise Unsupported(f"inputs rounded to {activation.name} have no Triton kernel")
+            raise Unsupported(f"inputs rounded to {activation.name} have no Triton kernel; take device=cpu")
         self.product = product_of(self.scheme, units)
         self.constants = {**weight_constants(weight), "PRODUCT": self.product}
         self.tiles = [fitted(tile, self.scheme, self.product) for tile in tiles]
