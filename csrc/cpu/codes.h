@@ -1,18 +1,15 @@
-// Codes of low-bit weights: where each lies in a panel, and from there to bf16, which holds every one of their values exactly.
+// Codes of low-bit weights, from where they lie in a panel to bf16, which holds every one of their values exactly, or to bytes.
 //
-// A step is 32 channels x 32 columns. Unpacked it is what a bf16 panel has: [16 pairs of channels][32 columns][2]; by vectors of 32
-// numbers, vector z = pair * 2 + half holds columns 16 half .. 16 half + 15, and its lane is column % 16 * 2 + channel % 2.
-//   2, 4 bits   rows of 32 16-bit words, one word per lane: vector z lies in row z / (16 / bits), shifted by z % (16 / bits) * bits
-//   3 bits      two planes: the low two bits as above, then the high bit in the same way
-//   float8      a row of 64 bytes for each pair, in the order that interleaving two byte vectors brings forth (code_byte below)
-//   int8        [8 fours of channels][32 columns][4], two's complement: the layout of int8 matrix tiles
+// A step is 32 channels x 32 columns. In bf16 it is what a bf16 panel has: [16 pairs of channels][32 columns][2].
+//   integers    in planes of bits (code_planes.h)
+//   float8      a row of 64 bytes for each pair, in the order that interleaving two byte vectors brings forth
 #pragma once
+#include "code_planes.h"
 #include "linear.h"
 #include "simd.h"
 
 namespace apportion::APPORTION_ISA {
 
-constexpr int64_t STEP = 32;                    // channels
 constexpr int64_t STEP_NUMBERS = STEP * PANEL;
 
 template <DType>
@@ -20,7 +17,25 @@ struct Codes;
 
 APPORTION_INLINE uint16_t small_integer(int value) { return uint16_t(float_to_bits(float(value)) >> 16); }  // exact up to 8 bits
 
-// ---- 2, 3 and 4 bits --------------------------------------------------------------------------------------------------------
+// ---- integers ---------------------------------------------------------------------------------------------------------------
+
+#if defined(__AVX512BW__)
+// Moves bits of 16-bit words from place `from` to place `to`.
+APPORTION_INLINE __m512i move_bits(__m512i words, int from, int to) {
+  return from >= to ? _mm512_srli_epi16(words, unsigned(from - to)) : _mm512_slli_epi16(words, unsigned(to - from));
+}
+
+// Byte vector v of a step, in offset binary.
+template <int BITS>
+APPORTION_INLINE __m512i integer_bytes(const std::byte* step, int v) {
+  __m512i code = _mm512_setzero_si512();
+  each_part<BITS>(v, 0, [&](int byte, int shift, int n, int before) __attribute__((always_inline)) {
+    const __m512i part = move_bits(_mm512_loadu_si512(step + byte), shift, before), mask = _mm512_set1_epi8(char(((1 << n) - 1) << before));
+    if (n == 8) code = _mm512_xor_si512(part, _mm512_set1_epi8(char(0x80)));
+    else code = before == 0 ? _mm512_and_si512(part, mask) : _mm512_ternarylogic_epi64(code, part, mask, 0xf8);  // code | part & mask
+  });
+  return code;
+}
 
 template <int BITS>
 struct IntegerTable {
@@ -32,44 +47,44 @@ struct IntegerTable {
 template <int BITS>
 inline constexpr IntegerTable<BITS> integer_table;
 
+// Pair `which` (0 or 1) of channels of byte vector v in bf16.
+template <int BITS>
+APPORTION_INLINE __m512i integer_pair(const std::byte* step, int v, int which) {
+  if constexpr (BITS <= 5) {
+    __m512i index = _mm512_setzero_si512();
+    each_part<BITS>(v, 0, [&](int byte, int shift, int, int before) __attribute__((always_inline)) {
+      const __m512i part = move_bits(_mm512_loadu_si512(step + byte), which * 8 + shift, before), below = _mm512_set1_epi16(int16_t((1 << before) - 1));
+      index = before == 0 ? part : _mm512_ternarylogic_epi64(below, index, part, 0xca);  // below ? index : part
+    });
+    return _mm512_permutexvar_epi16(index, _mm512_load_si512(integer_table<BITS>.entries));
+  } else {
+    // byte | 2^23 as a float's bits is the float 2^23 + byte.
+    const __m512i codes = integer_bytes<BITS>(step, v), byte = _mm512_set1_epi32(0xff), magic = _mm512_set1_epi32(0x4b000000);
+    const __m512 base = _mm512_set1_ps(8388608.f + float(1 << (BITS - 1)));
+    const auto number = [&](__m512i word) __attribute__((always_inline)) {
+      return _mm512_castps_si512(_mm512_sub_ps(_mm512_castsi512_ps(_mm512_ternarylogic_epi32(word, byte, magic, 0xea)), base));
+    };
+    const __m512i even = number(which == 0 ? codes : _mm512_srli_epi32(codes, 8)), odd = number(_mm512_srli_epi32(codes, which == 0 ? 16 : 24));
+    return _mm512_or_si512(_mm512_srli_epi32(even, 16), odd);
+  }
+}
+#endif
+
 template <int BITS>
 struct IntegerCodes {
   static constexpr int64_t STEP_BYTES = STEP_NUMBERS * BITS / 8;
 
   static inline void unpack(const std::byte* codes, uint16_t* out) {
 #if defined(__AVX512BW__)
-    const __m512i table = _mm512_load_si512(integer_table<BITS>.entries);
-    if constexpr (BITS == 3) {
-      const __m512i low_bits = _mm512_set1_epi16(3);
-      for (int row = 0; row < 2; ++row) {
-        __m512i high = _mm512_loadu_si512(codes + 256 + row * 64);
-        for (int quarter = 0; quarter < 2; ++quarter) {
-          __m512i low = _mm512_loadu_si512(codes + (row * 2 + quarter) * 64);
-          for (int i = 0; i < 8; ++i) {
-            const int z = quarter * 8 + i;
-            const __m512i third = z < 2 ? _mm512_slli_epi16(high, 2 - z) : _mm512_srli_epi16(high, z - 2);  // its bit at place 2
-            const __m512i index = _mm512_ternarylogic_epi64(low_bits, _mm512_srli_epi16(low, 2 * i), third, 0xca);
-            _mm512_storeu_si512(out + (row * 16 + z) * 32, _mm512_permutexvar_epi16(index, table));
-          }
-        }
-      }
-    } else {
-      constexpr int PER_WORD = 16 / BITS;
-      for (int row = 0; row < 32 / PER_WORD; ++row) {
-        const __m512i words = _mm512_loadu_si512(codes + row * 64);
-        for (int i = 0; i < PER_WORD; ++i)
-          _mm512_storeu_si512(out + (row * PER_WORD + i) * 32, _mm512_permutexvar_epi16(_mm512_srli_epi16(words, i * BITS), table));
-      }
-    }
+#pragma GCC unroll 16
+    for (int v = 0; v < NUM_VECTORS; ++v)
+#pragma GCC unroll 2
+      for (int pair = 0; pair < 2; ++pair) _mm512_storeu_si512(out + (v / 2 * 4 + pair * 2 + v % 2) * 32, integer_pair<BITS>(codes, v, pair));
 #else
-    const uint16_t* words = reinterpret_cast<const uint16_t*>(codes);
-    constexpr int LOW = BITS == 3 ? 2 : BITS, PER_WORD = 16 / LOW;
-    for (int z = 0; z < 32; ++z)
-      for (int lane = 0; lane < 32; ++lane) {
-        int code = words[z / PER_WORD * 32 + lane] >> z % PER_WORD * LOW & ((1 << LOW) - 1);
-        if constexpr (BITS == 3) code |= (words[128 + z / 16 * 32 + lane] >> z % 16 & 1) << 2;
-        out[z * 32 + lane] = small_integer(code - (1 << (BITS - 1)));
-      }
+    const uint8_t* step = reinterpret_cast<const uint8_t*>(codes);
+    for (int v = 0; v < NUM_VECTORS; ++v)
+      for (int lane = 0; lane < 64; ++lane)
+        out[(v / 2 * 4 + lane % 2 * 2 + v % 2) * 32 + lane / 2] = small_integer(int(get_integer<BITS>(step, v, lane)) - (1 << (BITS - 1)));
 #endif
   }
 };
@@ -80,34 +95,14 @@ template <>
 struct Codes<DType::INT3> : IntegerCodes<3> {};
 template <>
 struct Codes<DType::INT4> : IntegerCodes<4> {};
-
-// ---- int8 -------------------------------------------------------------------------------------------------------------------
-
 template <>
-struct Codes<DType::INT8> {
-  static constexpr int64_t STEP_BYTES = STEP_NUMBERS;
-
-  static inline void unpack(const std::byte* codes, uint16_t* out) {
-#if defined(__AVX512BW__)
-    // byte ^ (2^23 + 128 as a float's bits) is the float 2^23 + 128 + code.
-    const __m512i byte = _mm512_set1_epi32(0xff), magic = _mm512_set1_epi32(0x4b000080);
-    const __m512 base = _mm512_set1_ps(8388608.f + 128.f);
-    const auto number = [&](__m512i word) { return _mm512_castps_si512(_mm512_sub_ps(_mm512_castsi512_ps(_mm512_ternarylogic_epi32(word, byte, magic, 0x6a)), base)); };
-    const auto pair = [&](__m512i even, __m512i odd) { return _mm512_or_si512(_mm512_srli_epi32(number(even), 16), number(odd)); };
-    for (int four = 0; four < 8; ++four)
-      for (int half = 0; half < 2; ++half) {
-        const __m512i w = _mm512_loadu_si512(codes + (four * 2 + half) * 64);
-        _mm512_storeu_si512(out + (four * 4 + half) * 32, pair(w, _mm512_srli_epi32(w, 8)));
-        _mm512_storeu_si512(out + (four * 4 + 2 + half) * 32, pair(_mm512_srli_epi32(w, 16), _mm512_srli_epi32(w, 24)));
-      }
-#else
-    const int8_t* bytes = reinterpret_cast<const int8_t*>(codes);
-    for (int four = 0; four < 8; ++four)
-      for (int column = 0; column < 32; ++column)
-        for (int i = 0; i < 4; ++i) out[(four * 2 + i / 2) * 64 + column * 2 + i % 2] = small_integer(bytes[(four * 32 + column) * 4 + i]);
-#endif
-  }
-};
+struct Codes<DType::INT5> : IntegerCodes<5> {};
+template <>
+struct Codes<DType::INT6> : IntegerCodes<6> {};
+template <>
+struct Codes<DType::INT7> : IntegerCodes<7> {};
+template <>
+struct Codes<DType::INT8> : IntegerCodes<8> {};
 
 // ---- float8 -----------------------------------------------------------------------------------------------------------------
 

@@ -24,6 +24,7 @@ APPORTION_DECLARE(isa_generic)
 #if defined(APPORTION_HAVE_avx2)
 APPORTION_DECLARE(isa_avx2)
 APPORTION_DECLARE(isa_avx512)
+APPORTION_DECLARE(isa_avx512vnni)
 APPORTION_DECLARE(isa_avx512bf16)
 APPORTION_DECLARE(isa_amx)
 #endif
@@ -96,10 +97,12 @@ std::vector<Candidate> detect() {
                                     {zmm, "zmm state"}}),
                    &isa_avx512::table});
   const bool avx512 = found.back().state.available;
+  found.push_back({judge("avx512vnni", {{avx512, "avx512"}, {bool(seven.c >> 11 & 1), "avx512_vnni"}}), &isa_avx512vnni::table});
+  const bool avx512vnni = found.back().state.available;
   const Need dots = {bool(seven_one.a >> 5 & 1), "avx512_bf16"}, bytes = {bool(seven.c >> 1 & 1), "avx512_vbmi"};
-  found.push_back({judge("avx512bf16", {{avx512, "avx512"}, dots, bytes}), &isa_avx512bf16::table});
-  const bool amx = avx512 && (seven.d >> 24 & 1) && (seven.d >> 22 & 1) && (seven.d >> 25 & 1) && tile;
-  found.push_back({judge("amx", {{avx512, "avx512"},
+  found.push_back({judge("avx512bf16", {{avx512vnni, "avx512vnni"}, dots, bytes}), &isa_avx512bf16::table});
+  const bool amx = avx512vnni && (seven.d >> 24 & 1) && (seven.d >> 22 & 1) && (seven.d >> 25 & 1) && tile;
+  found.push_back({judge("amx", {{avx512vnni, "avx512vnni"},
                                  dots,
                                  bytes,
                                  {bool(seven.d >> 24 & 1), "amx_tile"},

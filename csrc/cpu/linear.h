@@ -13,14 +13,18 @@
 
 namespace apportion {
 
-enum class DType : int { FP32 = 0, BF16 = 1, FP16 = 2, E4M3 = 3, E5M2 = 4, INT8 = 5, INT4 = 6, INT3 = 7, INT2 = 8 };
+enum class DType : int { FP32 = 0, BF16 = 1, FP16 = 2, E4M3 = 3, E5M2 = 4, INT8 = 5, INT4 = 6, INT3 = 7, INT2 = 8, INT5 = 9, INT6 = 10, INT7 = 11 };
 enum class Zero : int { NONE = 0, POINT = 1, MINIMUM = 2 };
 enum class Rounding : int { NONE = 0, FLOAT8 = 1, INTEGER = 2 };
 
 constexpr int64_t PANEL = 32;
 constexpr bool is_quantized(DType dtype) { return dtype > DType::FP16; }
 constexpr int64_t element_bytes(DType dtype) { return dtype == DType::FP32 ? 4 : 2; }  // of floating point
-constexpr int64_t code_bits(DType dtype) { return dtype == DType::INT2 ? 2 : dtype == DType::INT3 ? 3 : dtype == DType::INT4 ? 4 : 8; }
+constexpr bool is_integer(DType dtype) { return dtype > DType::E5M2; }
+constexpr int code_bits(DType dtype) {  // of quantized ones
+  constexpr int bits[] = {8, 8, 8, 4, 3, 2, 5, 6, 7};
+  return bits[int(dtype) - int(DType::E4M3)];
+}
 constexpr int64_t padded(int64_t n) { return (n + PANEL - 1) / PANEL * PANEL; }
 constexpr int64_t aligned(int64_t bytes) { return (bytes + 63) / 64 * 64; }
 

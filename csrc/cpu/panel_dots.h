@@ -1,13 +1,11 @@
 // One bf16 panel times many rows by dot products of bf16 pairs (AVX512_BF16), where there are no matrix tiles. The rows lie in
 // the blocks of 16 that tiles would read (tile_rows.h): at one channel pair, all rows of a block are 64 bytes apart.
 #pragma once
+#include "row_groups.h"
 #include "tile_rows.h"
 
 #if defined(__AVX512BF16__) && !defined(__AMX_BF16__)
 namespace apportion::APPORTION_ISA {
-
-constexpr int DOT_ROWS = 8;       // two vectors each: 16 sums hide the latency of two products a cycle
-constexpr int DOT_ROWS_ONCE = 12; // that one pass over the weights takes from memory
 
 struct DotSlice {
   const uint16_t* x;       // the first row, at the first channel
@@ -63,16 +61,12 @@ static inline void multiply_dot_rows(const DotSlice& s, int rows) {
   multiply_dots<R, STREAM>(s);
 }
 
-// f(first row, rows, x of the first row at channel k, its stride) in groups that lie within one block of 16 rows.
+// f(first row, rows, x of the first row at channel k, its stride).
 template <typename F>
 APPORTION_INLINE void in_dot_groups(const uint16_t* tiles, int64_t C, int64_t first, int64_t last, int64_t all, int64_t k, F&& f) {
-  for (int64_t row = first; row < last;) {
-    const int64_t block = row / TILE_ROWS, in_block = smaller(TILE_ROWS, all - block * TILE_ROWS);
-    const int64_t height = in_block <= DOT_ROWS_ONCE ? in_block : ceil_div(in_block, 2);
-    const int64_t n = smaller(height, block * TILE_ROWS + in_block - row);
-    f(row, int(n), tile_block(tiles, C, block) + (k / TILE_K * in_block + row % TILE_ROWS) * TILE_K, in_block * TILE_K);
-    row += n;
-  }
+  in_row_groups(first, last, all, [&](int64_t row, int n, int64_t in_block) {
+    f(row, n, tile_block(tiles, C, row / TILE_ROWS) + (k / TILE_K * in_block + row % TILE_ROWS) * TILE_K, in_block * TILE_K);
+  });
 }
 
 // As in panel_tiles.h: weights of TILE_K_BLOCK channels stay in L1 while up to TILE_SUM_ROWS rows pass over them.

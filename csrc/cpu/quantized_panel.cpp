@@ -7,8 +7,9 @@
 // so no weight is ever rounded, and the order is one for every number of rows.
 #include "quantized_panel.h"
 
+#include "byte_dots.h"
 #include "codes.h"
-#include "panel.h"
+#include "panel_scales.h"
 
 namespace apportion::APPORTION_ISA {
 
@@ -22,38 +23,16 @@ APPORTION_INLINE int64_t block_end(int64_t k, int64_t group, int64_t depth) {
 
 // ---- scales -----------------------------------------------------------------------------------------------------------------
 
-APPORTION_INLINE V load_scales(const std::byte* from, DType dtype, int64_t i) {
-  if (dtype == DType::FP32) return load(reinterpret_cast<const float*>(from) + i);
-  const uint16_t* halves = reinterpret_cast<const uint16_t*>(from) + i;
-  return dtype == DType::BF16 ? load_bf16(halves) : load_fp16(halves);
-}
-
-APPORTION_INLINE V one_scale(const std::byte* from, DType dtype, int64_t i) {
-  if (dtype == DType::FP32) return set1(reinterpret_cast<const float*>(from)[i]);
-  const uint16_t half = reinterpret_cast<const uint16_t*>(from)[i];
-  return set1(dtype == DType::BF16 ? bf16_to_float(half) : fp16_to_float(half));
-}
-
-// Scales and zeros of the 32 columns of a panel for one group of channels; zeros count from the middle of the codes.
+// Of one group of channels; zeros count from the middle of the codes.
 struct GroupScales {
   V scale[PANEL_VECTORS], zero[PANEL_VECTORS];
 
-  GroupScales(const PackedMatrix& w, int64_t p, int64_t g) {
-    const WeightFormat& format = w.format;
-    const std::byte *scales = w.panel(p), *zeros = scales + w.scale_bytes();
-    const float middle = float(1 << (code_bits(format.dtype) - 1));
+  GroupScales(const PanelScales& panel, int64_t g) {
     for (int j = 0; j < PANEL_VECTORS; ++j) {
-      const int64_t i = g * PANEL + j * WIDTH;
-      scale[j] = format.common ? one_scale(scales, format.scale_dtype, g) : load_scales(scales, format.scale_dtype, i);
+      scale[j] = panel.scale(g, j);
       zero[j] = APPORTION_ISA::zero();
-      if (format.zero == Zero::POINT) {
-        alignas(64) float points[WIDTH];
-        for (int c = 0; c < WIDTH; ++c) points[c] = float(uint8_t(zeros[format.common ? g : i + c])) - middle;
-        zero[j] = load(points);
-      } else if (format.zero == Zero::MINIMUM) {
-        const V least = format.common ? one_scale(zeros, format.scale_dtype, g) : load_scales(zeros, format.scale_dtype, i);
-        zero[j] = fma(set1(middle), scale[j], least);  // what the middle code stands for
-      }
+      if (panel.zero == Zero::POINT) zero[j] = panel.point(g, j) - set1(panel.middle);
+      if (panel.zero == Zero::MINIMUM) zero[j] = fma(set1(panel.middle), scale[j], panel.minimum(g, j));  // what the middle code stands for
     }
   }
 };
@@ -106,7 +85,7 @@ template <typename Number>
 inline void add_group(const PackedMatrix& w, int64_t p, int64_t k, const Number* sums, const Rows& rows, int64_t row, int64_t n, float* y,
                       int64_t y_stride) {
   const int64_t g = k / w.group();
-  const GroupScales group(w, p, g);
+  const GroupScales group(PanelScales(w, p), g);
   V start[PANEL_VECTORS];
   const float* bias = w.panel_bias(p);
   for (int j = 0; j < PANEL_VECTORS; ++j) start[j] = bias == nullptr ? zero() : load(bias + j * WIDTH);
@@ -121,11 +100,17 @@ inline void add_group(const PackedMatrix& w, int64_t p, int64_t k, const Number*
   }
 }
 
-// Groups of channels within which one scale of the weight and one of the row hold.
-APPORTION_INLINE int64_t scaled_together(const PackedMatrix& w) {
-  const int64_t x_group = w.format.rounding.group;
-  return x_group == 0 ? w.group() : smaller(x_group, w.group());
+#if defined(__AVX512VNNI__) && !defined(__AMX_INT8__)
+// ---- dot products of four bytes -----------------------------------------------------------------------------------------------
+
+template <DType D>
+void multiply_bytes(const PackedMatrix& w, int64_t p, const Rows& rows, float* y, int64_t y_stride, CodeScratch&) {
+  const BytePanel panel(w, p);
+  in_row_groups(0, rows.count, rows.count, [&](int64_t row, int n, int64_t block_rows) {
+    multiply_byte_rows<code_bits(D)>(n, panel, rows, row, block_rows, row == 0, y + row * y_stride, y_stride);
+  });
 }
+#endif
 
 #if !defined(__AVX512BF16__)
 // ---- vectors ----------------------------------------------------------------------------------------------------------------
@@ -356,25 +341,37 @@ void multiply_quantized_as(const PackedMatrix& w, int64_t p, const Rows& rows, f
 
 template <DType D>
 void multiply_quantized(const PackedMatrix& w, int64_t p, const Rows& rows, float* y, int64_t y_stride, CodeScratch& scratch) {
-  if constexpr (D == DType::INT8) {
-    const RowForm form = row_form(w);
-    if (form.bytes) return multiply_quantized_as<D, true>(w, p, rows, y, y_stride, scratch);
-  }
   multiply_quantized_as<D, false>(w, p, rows, y, y_stride, scratch);
 }
+template <DType D>
+void multiply_bytes(const PackedMatrix& w, int64_t p, const Rows& rows, float* y, int64_t y_stride, CodeScratch& scratch) {
+  if constexpr (D == DType::INT8) multiply_quantized_as<D, true>(w, p, rows, y, y_stride, scratch);
+}
 #endif
+
+template <DType D>
+void multiply_as(const PackedMatrix& w, int64_t p, const Rows& rows, float* y, int64_t y_stride, CodeScratch& scratch) {
+#if defined(__AVX512VNNI__)
+  if constexpr (is_integer(D))
+    if (w.format.rounding.kind == Rounding::INTEGER && multiplies_bytes(w)) return multiply_bytes<D>(w, p, rows, y, y_stride, scratch);
+#endif
+  multiply_quantized<D>(w, p, rows, y, y_stride, scratch);
+}
 
 }  // namespace
 
 void multiply_quantized_panel(const PackedMatrix& w, int64_t p, const Rows& rows, float* y, int64_t y_stride, float* memory) {
   CodeScratch& scratch = *reinterpret_cast<CodeScratch*>(memory);
   switch (w.dtype()) {
-    case DType::E4M3: return multiply_quantized<DType::E4M3>(w, p, rows, y, y_stride, scratch);
-    case DType::E5M2: return multiply_quantized<DType::E5M2>(w, p, rows, y, y_stride, scratch);
-    case DType::INT8: return multiply_quantized<DType::INT8>(w, p, rows, y, y_stride, scratch);
-    case DType::INT4: return multiply_quantized<DType::INT4>(w, p, rows, y, y_stride, scratch);
-    case DType::INT3: return multiply_quantized<DType::INT3>(w, p, rows, y, y_stride, scratch);
-    default: return multiply_quantized<DType::INT2>(w, p, rows, y, y_stride, scratch);
+    case DType::E4M3: return multiply_as<DType::E4M3>(w, p, rows, y, y_stride, scratch);
+    case DType::E5M2: return multiply_as<DType::E5M2>(w, p, rows, y, y_stride, scratch);
+    case DType::INT8: return multiply_as<DType::INT8>(w, p, rows, y, y_stride, scratch);
+    case DType::INT7: return multiply_as<DType::INT7>(w, p, rows, y, y_stride, scratch);
+    case DType::INT6: return multiply_as<DType::INT6>(w, p, rows, y, y_stride, scratch);
+    case DType::INT5: return multiply_as<DType::INT5>(w, p, rows, y, y_stride, scratch);
+    case DType::INT4: return multiply_as<DType::INT4>(w, p, rows, y, y_stride, scratch);
+    case DType::INT3: return multiply_as<DType::INT3>(w, p, rows, y, y_stride, scratch);
+    default: return multiply_as<DType::INT2>(w, p, rows, y, y_stride, scratch);
   }
 }
 

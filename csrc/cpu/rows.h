@@ -4,16 +4,35 @@
 #include "linear.h"
 #include "panel_dots.h"
 #include "panel_tiles.h"
+#include "row_groups.h"
 
 namespace apportion::APPORTION_ISA {
 
-constexpr int64_t ROW_BLOCK = 16;  // rows copied by one work item; those of a tile
-
 APPORTION_INLINE bool uses_tiles(const PackedMatrix& w) { return TILES && (w.dtype() == DType::BF16 || is_quantized(w.dtype())); }
+
+// Groups of channels within which one scale of the weight and one of the row hold.
+APPORTION_INLINE int64_t scaled_together(const PackedMatrix& w) {
+  const int64_t x_group = w.format.rounding.group;
+  return x_group == 0 ? w.group() : smaller(x_group, w.group());
+}
+
+// Whether rows rounded to integers meet integer codes as bytes, their sums exact in 32 bits: in int8 tiles, or in dot products of four
+// bytes, which take codes in offset binary and so want the rows' sums.
+#if defined(__AMX_INT8__)
+constexpr bool OFFSET_CODES = false;
+APPORTION_INLINE bool multiplies_bytes(const PackedMatrix& w) { return w.dtype() == DType::INT8 && w.format.group % 64 == 0 && w.format.rounding.group == 0; }
+#elif defined(__AVX512VNNI__)
+constexpr bool OFFSET_CODES = true;
+constexpr int64_t MOST_SUMMED = int64_t(1) << 16;  // products of 8 by 7 bits
+APPORTION_INLINE bool multiplies_bytes(const PackedMatrix& w) { return is_integer(w.dtype()) && scaled_together(w) <= MOST_SUMMED; }
+#else
+constexpr bool OFFSET_CODES = false;
+APPORTION_INLINE bool multiplies_bytes(const PackedMatrix&) { return false; }
+#endif
 
 // How the rows for a matrix are made. Matrices of one form share the copy.
 struct RowForm {
-  bool tiles = false;    // bf16 tiles, or with `bytes` int8 ones
+  bool tiles = false;    // bf16 tiles, or with `bytes` int8 ones: blocks of 16 rows, [C / 64][rows of the block][64], fours of channels as codes have them
   bool bytes = false;
   InputRounding rounding;
   float fixed_scale = 0;
@@ -38,11 +57,12 @@ static inline RowForm row_form(const PackedMatrix& w) {
   form.tiles = uses_tiles(w);
   if (!is_quantized(w.dtype())) return form;
   form.rounding = w.format.rounding;
-#if defined(__AMX_INT8__)
-  form.bytes = form.rounding.kind == Rounding::INTEGER && w.dtype() == DType::INT8 && w.format.group % 64 == 0 && form.rounding.group == 0;
-#endif
+  if (form.rounding.kind == Rounding::INTEGER && multiplies_bytes(w)) {
+    form.bytes = form.tiles = true;
+    form.depth = aligned(w.C);
+  }
   if (form.rounding.fixed) form.fixed_scale = *w.input_scale;
-  if (w.format.zero != Zero::NONE) form.summed = w.group();
+  if (w.format.zero != Zero::NONE || (form.bytes && OFFSET_CODES)) form.summed = scaled_together(w);
   form.order = w.order;
   return form;
 }
@@ -57,6 +77,11 @@ struct Rows {
   int64_t num_scales = 0;
   const float* sums = nullptr;    // [count, num_sums]
   int64_t num_sums = 0;
+
+  // Row `row` at channel 0 in bytes.
+  const int8_t* bytes(int64_t row) const {
+    return reinterpret_cast<const int8_t*>(tiles + row / ROW_BLOCK * ROW_BLOCK * tile_stride) + row % ROW_BLOCK * 64;
+  }
 
   // `n` of them from `row` on, a whole number of tile blocks.
   Rows from(int64_t row, int64_t n) const {
@@ -132,14 +157,18 @@ APPORTION_INLINE V load_upto(const float* p, int64_t n) { return n >= WIDTH ? lo
 // 32 numbers into the copy: element k of row r in a block of n rows that begins at `out`. Returns their sum as it was stored.
 template <typename Code>
 APPORTION_INLINE V store_numbers(const RowForm& form, float* out, int64_t n, int64_t r, int64_t k, Code&& code) {
-#if defined(__AVX512BF16__)
+#if defined(__AVX512BW__)
   if (form.bytes) {
     int8_t* to = reinterpret_cast<int8_t*>(out) + (k / 64 * n + r) * 64 + k % 64;
-    const __m512i low = _mm512_cvtps_epi32(code(0)), high = _mm512_cvtps_epi32(code(1));
-    _mm_storeu_si128(reinterpret_cast<__m128i*>(to), _mm512_cvtepi32_epi8(low));
-    _mm_storeu_si128(reinterpret_cast<__m128i*>(to + 16), _mm512_cvtepi32_epi8(high));
+    const __m128i places = _mm_setr_epi8(0, 2, 1, 3, 4, 6, 5, 7, 8, 10, 9, 11, 12, 14, 13, 15);  // code_planes.h
+    for (int i = 0; i < 2; ++i) {
+      const __m128i bytes = _mm512_cvtepi32_epi8(_mm512_cvtps_epi32(code(i)));
+      _mm_storeu_si128(reinterpret_cast<__m128i*>(to + 16 * i), _mm_shuffle_epi8(bytes, places));
+    }
     return code(0) + code(1);
   }
+#endif
+#if defined(__AVX512BF16__)
   if (form.tiles) {
     uint16_t* to = reinterpret_cast<uint16_t*>(out) + (k / TILE_K * n + r) * TILE_K;
     store_tile_row(to, code(0), code(1));

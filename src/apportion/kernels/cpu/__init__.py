@@ -12,9 +12,10 @@ from apportion.platforms.cpu import processor_model, processor_name
 from apportion.platforms.platform import ComputeShare
 
 BF16_PRODUCTS = {"avx512bf16": "dot products of bf16 pairs", "amx": "bf16 matrix tiles"}  # sets that multiply bf16 by bf16, and how
-ROUNDS_ACTIVATIONS = dict.fromkeys(BF16_PRODUCTS, ("bfloat16", "e4m3", "e5m2", "int8", "int4", "int3", "int2"))
+BYTE_PRODUCTS = dict.fromkeys(("avx512vnni", "avx512bf16"), "dot products of four bytes") | {"amx": "int8 matrix tiles"}  # and integers
+ROUNDS_ACTIVATIONS = dict.fromkeys(BF16_PRODUCTS, ("bfloat16", "e4m3", "e5m2", *(f"int{bits}" for bits in range(2, 9))))
 KERNELS = "2"  # grows with changes that make measured choices void
-RANKS = {"generic": 10, "avx2": 20, "avx512": 30, "avx512bf16": 35, "amx": 40}
+RANKS = {"generic": 10, "avx2": 20, "avx512": 30, "avx512vnni": 32, "avx512bf16": 35, "amx": 40}
 
 
 def table_name(isa: str) -> str:

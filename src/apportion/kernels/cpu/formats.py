@@ -9,10 +9,12 @@ from torch import Tensor
 
 from apportion.core.errors import InternalError
 from apportion.core.number_format import NumberFormat, Scheme
+from apportion.kernels.cpu import BYTE_PRODUCTS
 from apportion.kernels.cpu.extension import load
 from apportion.kernels.ops import QuantizedWeight
 
 ELEMENTS = {"float32": 0, "bfloat16": 1, "float16": 2, "e4m3": 3, "e5m2": 4, "int8": 5, "int4": 6, "int3": 7, "int2": 8}
+ELEMENTS |= {"int5": 9, "int6": 10, "int7": 11}
 ZEROS = {"none": 0, "zp": 1, "min": 2}
 STEP = 32  # channels, and outputs of a panel
 
@@ -34,6 +36,16 @@ def obstacle(scheme: str) -> str:
     if x_group and (x_group % STEP or weight.zero != "none" or (group and max(group, x_group) % min(group, x_group))):
         return f"groups of {x_group} inputs do not go with {weight.name}"
     return ""
+
+
+def multiplies_bytes(scheme: str, isa: str) -> bool:
+    """Whether a set with products of bytes takes both sides of a scheme as integers (rows.h)."""
+    parsed = Scheme.parse(scheme)
+    if parsed.activation is None or not parsed.activation.is_integer or not parsed.weight.is_integer:
+        return False
+    if isa == "amx":
+        return parsed.weight.element == "int8" and parsed.weight.block[1] % 64 == 0 and not parsed.activation.block[1]
+    return isa in BYTE_PRODUCTS
 
 
 def weight_format(scheme: str) -> Any:

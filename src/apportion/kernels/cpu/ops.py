@@ -10,12 +10,12 @@ import torch
 from torch import Tensor
 
 from apportion.core.number_format import Scheme
-from apportion.kernels.cpu import BF16_PRODUCTS
+from apportion.kernels.cpu import BF16_PRODUCTS, BYTE_PRODUCTS
 from apportion.kernels.cpu.attention import LatentAttention, PagedAttention, Rotary
 from apportion.kernels.cpu.elementwise import Elementwise
 from apportion.kernels.cpu.experts import PackedExperts
 from apportion.kernels.cpu.extension import load
-from apportion.kernels.cpu.formats import obstacle
+from apportion.kernels.cpu.formats import multiplies_bytes, obstacle
 from apportion.kernels.cpu.linear import PackedLinear
 from apportion.kernels.cpu.sampling import Sampling
 from apportion.kernels.interval_table import Choice, IntervalTable
@@ -98,11 +98,10 @@ class CpuOps:
         if why:
             return f"the reference path, dequantized for every call: the packed kernels do not take it ({why})"
         parsed = Scheme.parse(scheme)
+        if multiplies_bytes(scheme, self.isa):
+            return f"packed panels, multiplied in {BYTE_PRODUCTS[self.isa]}"
         if self.isa not in BF16_PRODUCTS or (parsed.weight.is_float and parsed.weight.element != "bfloat16"):
             return "packed panels, multiplied in float32"
-        rounds_to_integers = parsed.activation is not None and parsed.activation.is_integer
-        if self.isa == "amx" and parsed.weight.element == "int8" and rounds_to_integers and parsed.weight.block[1] % 64 == 0:
-            return "packed panels, multiplied in int8 matrix tiles"
         return f"packed panels, multiplied in {BF16_PRODUCTS[self.isa]}"
 
     def paged_attention(self, spec: AttentionSpec, arena: Tensor) -> PagedAttention:
