@@ -11,8 +11,6 @@
 #if defined(__AVX512VNNI__) && !defined(__AMX_INT8__)
 namespace apportion::APPORTION_ISA {
 
-constexpr int64_t CODES_AHEAD = 8192;  // bytes between the codes that are multiplied and those that are fetched
-
 struct BytePanel {
   const PackedMatrix& w;
   PanelScales scales;

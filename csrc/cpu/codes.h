@@ -70,16 +70,35 @@ APPORTION_INLINE __m512i integer_pair(const std::byte* step, int v, int which) {
 }
 #endif
 
+#if defined(__AVX512BW__)
+// A pair of channels of 32 columns in bf16.
+struct Pair {
+  __m512i left, right;
+};
+
+template <class Format>
+APPORTION_INLINE void store_pairs(const std::byte* codes, uint16_t* out) {
+#pragma GCC unroll 16
+  for (int i = 0; i < 16; ++i) {
+    const Pair pair = Format::pair(codes, i);
+    _mm512_storeu_si512(out + i * 64, pair.left);
+    _mm512_storeu_si512(out + i * 64 + 32, pair.right);
+  }
+}
+#endif
+
 template <int BITS>
 struct IntegerCodes {
   static constexpr int64_t STEP_BYTES = STEP_NUMBERS * BITS / 8;
 
+#if defined(__AVX512BW__)
+  APPORTION_INLINE Pair pair(const std::byte* codes, int i) {
+    return {integer_pair<BITS>(codes, i / 2 * 2, i % 2), integer_pair<BITS>(codes, i / 2 * 2 + 1, i % 2)};
+  }
+#endif
   static inline void unpack(const std::byte* codes, uint16_t* out) {
 #if defined(__AVX512BW__)
-#pragma GCC unroll 16
-    for (int v = 0; v < NUM_VECTORS; ++v)
-#pragma GCC unroll 2
-      for (int pair = 0; pair < 2; ++pair) _mm512_storeu_si512(out + (v / 2 * 4 + pair * 2 + v % 2) * 32, integer_pair<BITS>(codes, v, pair));
+    store_pairs<IntegerCodes>(codes, out);
 #else
     const uint8_t* step = reinterpret_cast<const uint8_t*>(codes);
     for (int v = 0; v < NUM_VECTORS; ++v)
@@ -136,20 +155,39 @@ template <int EXPONENT>
 struct Float8Codes {
   static constexpr int64_t STEP_BYTES = STEP_NUMBERS;
 
-  static inline void unpack(const std::byte* codes, uint16_t* out) {
-    const auto& table = float8_table<EXPONENT>;
 #if defined(__AVX512VBMI__)
-    const __m512i low[2] = {_mm512_load_si512(table.low), _mm512_load_si512(table.low + 64)};
-    const __m512i high[2] = {_mm512_load_si512(table.high), _mm512_load_si512(table.high + 64)};
-    const __m512i sign = _mm512_set1_epi8(char(0x80));
-    for (int pair = 0; pair < 16; ++pair) {
-      const __m512i bytes = _mm512_loadu_si512(codes + pair * 64);
-      const __m512i l = _mm512_permutex2var_epi8(low[0], bytes, low[1]);
-      const __m512i h = _mm512_ternarylogic_epi64(_mm512_permutex2var_epi8(high[0], bytes, high[1]), bytes, sign, 0xf8);
-      _mm512_storeu_si512(out + pair * 64, _mm512_unpacklo_epi8(l, h));
-      _mm512_storeu_si512(out + pair * 64 + 32, _mm512_unpackhi_epi8(l, h));
-    }
+  APPORTION_INLINE Pair pair(const std::byte* codes, int i) {
+    const auto& table = float8_table<EXPONENT>;
+    const __m512i bytes = _mm512_loadu_si512(codes + i * 64), sign = _mm512_set1_epi8(char(0x80));
+    const __m512i low = _mm512_permutex2var_epi8(_mm512_load_si512(table.low), bytes, _mm512_load_si512(table.low + 64));
+    const __m512i high = _mm512_permutex2var_epi8(_mm512_load_si512(table.high), bytes, _mm512_load_si512(table.high + 64));
+    const __m512i signed_high = _mm512_ternarylogic_epi64(high, bytes, sign, 0xf8);
+    return {_mm512_unpacklo_epi8(low, signed_high), _mm512_unpackhi_epi8(low, signed_high)};
+  }
+#elif defined(__AVX512BW__)
+  // Exponent and mantissa are those of a float32 that is too small by a power of two, of a subnormal one too; infinities and NaN are not.
+  APPORTION_INLINE Pair pair(const std::byte* codes, int i) {
+    constexpr int SHIFT = 16 + EXPONENT, BIAS = (1 << (EXPONENT - 1)) - 1, SPECIAL = EXPONENT == 4 ? 0x7f : 0x7c;
+    const __m512i bytes = _mm512_loadu_si512(codes + i * 64), sign = _mm512_set1_epi32(int(0x80000000));
+    const auto number = [&](__m512i word, unsigned place) __attribute__((always_inline)) {  // of the byte at bit `place`
+      const __m512i size = _mm512_and_si512(_mm512_slli_epi32(word, SHIFT - place), _mm512_set1_epi32(0x7f << SHIFT));
+      const __m512i real = _mm512_castps_si512(_mm512_mul_ps(_mm512_castsi512_ps(size), set1(bits_to_float((254 - BIAS) << 23))));
+      const __mmask16 special = _mm512_cmpge_epi32_mask(size, _mm512_set1_epi32(SPECIAL << SHIFT));
+      const __m512i whole = _mm512_mask_or_epi32(real, special, real, _mm512_set1_epi32(0x7f800000));
+      return _mm512_ternarylogic_epi32(whole, _mm512_slli_epi32(word, 24 - place), sign, 0xf8);
+    };
+    const auto both = [&](__m512i words) __attribute__((always_inline)) {
+      return _mm512_or_si512(_mm512_srli_epi32(number(words, 0), 16), _mm512_and_si512(number(words, 8), _mm512_set1_epi32(int(0xffff0000))));
+    };
+    return {both(_mm512_unpacklo_epi16(bytes, _mm512_setzero_si512())), both(_mm512_unpackhi_epi16(bytes, _mm512_setzero_si512()))};
+  }
+#endif
+
+  static inline void unpack(const std::byte* codes, uint16_t* out) {
+#if defined(__AVX512BW__)
+    store_pairs<Float8Codes>(codes, out);
 #else
+    const auto& table = float8_table<EXPONENT>;
     const uint8_t* bytes = reinterpret_cast<const uint8_t*>(codes);
     for (int pair = 0; pair < 16; ++pair)
       for (int quarter = 0; quarter < 4; ++quarter)

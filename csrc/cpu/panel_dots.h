@@ -53,6 +53,39 @@ static inline void multiply_dots(const DotSlice& s) {
     }
 }
 
+// As multiply_dots, the weights unpacked from codes on their way: x and sums in the same order.
+template <class Codes, int R>
+static inline void multiply_code_dots(const DotSlice& s) {
+  V acc[R][2];
+  for (int r = 0; r < R; ++r) acc[r][0] = acc[r][1] = zero();
+  const std::byte* codes = s.weights;
+  const uint16_t* x = s.x;
+  for (int64_t step = 0; step < s.steps; ++step, x += s.x_stride, codes += Codes::STEP_BYTES) {
+    for (int64_t line = 0; line < Codes::STEP_BYTES; line += 64) prefetch(codes + CODES_AHEAD + line);
+#pragma GCC unroll 16
+    for (int i = 0; i < TILE_K / 2; ++i) {
+      const auto weights = Codes::pair(codes, i);
+      for (int r = 0; r < R; ++r) {
+        int pair;
+        std::memcpy(&pair, x + r * TILE_K + i * 2, sizeof(pair));
+        const __m512bh both = (__m512bh)_mm512_set1_epi32(pair);
+        acc[r][0] = _mm512_dpbf16_ps(acc[r][0], both, (__m512bh)weights.left);
+        acc[r][1] = _mm512_dpbf16_ps(acc[r][1], both, (__m512bh)weights.right);
+      }
+    }
+  }
+  for (int r = 0; r < R; ++r)
+    for (int j = 0; j < 2; ++j) store(s.y + r * PANEL + j * WIDTH, acc[r][j]);
+}
+
+template <class Codes, int R = DOT_ROWS_ONCE>
+static inline void multiply_code_dot_rows(const DotSlice& s, int rows) {
+  if constexpr (R > 1) {
+    if (rows < R) return multiply_code_dot_rows<Codes, R - 1>(s, rows);
+  }
+  multiply_code_dots<Codes, R>(s);
+}
+
 template <bool STREAM, int R = DOT_ROWS_ONCE>
 static inline void multiply_dot_rows(const DotSlice& s, int rows) {
   if constexpr (R > 1) {

@@ -1,5 +1,6 @@
-// The product of a quantized panel. Codes are unpacked to bf16, which holds them exactly, a block of channels at a time, and are
-// multiplied as a bf16 panel is (panel.h, panel_tiles.h); int8 codes meet int8 rows as they lie. The sum over a group of channels is
+// The product of a quantized panel. Integers meet rows that are rounded to integers as integers, where the set has such products
+// (byte_dots.h, int8 tiles). All other codes are unpacked to bf16, which holds them exactly, in registers or a block of channels at a time,
+// and are multiplied as a bf16 panel is (panel.h, panel_dots.h, panel_tiles.h). The sum over a group of channels is
 // complete before its scales meet it, and groups are added in order:
 //
 //     y = bias + sum over groups of (sum over channels of x code - zero * sum of x) * scale of the row * scale of the weight
@@ -82,10 +83,10 @@ inline void add_rows(const GroupScales& group, const GroupSums<Number>& s) {
 
 // The group that begins at channel k, for `n` rows from `row` on.
 template <typename Number>
-inline void add_group(const PackedMatrix& w, int64_t p, int64_t k, const Number* sums, const Rows& rows, int64_t row, int64_t n, float* y,
+inline void add_group(const PackedMatrix& w, int64_t p, const PanelScales& scales, int64_t k, const Number* sums, const Rows& rows, int64_t row, int64_t n, float* y,
                       int64_t y_stride) {
   const int64_t g = k / w.group();
-  const GroupScales group(PanelScales(w, p), g);
+  const GroupScales group(scales, g);
   V start[PANEL_VECTORS];
   const float* bias = w.panel_bias(p);
   for (int j = 0; j < PANEL_VECTORS; ++j) start[j] = bias == nullptr ? zero() : load(bias + j * WIDTH);
@@ -118,6 +119,7 @@ void multiply_bytes(const PackedMatrix& w, int64_t p, const Rows& rows, float* y
 template <DType D>
 void multiply_quantized(const PackedMatrix& w, int64_t p, const Rows& rows, float* y, int64_t y_stride, CodeScratch& scratch) {
   const int64_t depth = w.depth(), group = scaled_together(w);
+  const PanelScales scales(w, p);
   for (int64_t first = 0; first < rows.count; first += CODE_ROWS) {
     const int64_t last = smaller(rows.count, first + CODE_ROWS), all = last - first;
     const bool direct = w.is_gemv(all, DIRECT_ROWS);
@@ -141,7 +143,7 @@ void multiply_quantized(const PackedMatrix& w, int64_t p, const Rows& rows, floa
           const Slice slice = {weights, count, rows.x + row * rows.stride + at, rows.stride, sums, PANEL, int(PANEL), nullptr, !begins, nullptr, 0};
           if (direct) multiply_up_to<Bf16, DIRECT_ROWS, PANEL_VECTORS>(slice, int(n));
           else multiply_up_to<Fp32, BLOCK_ROWS, BLOCK_VECTORS>(slice, int(n));
-          if (ends) add_group(w, p, at / group * group, sums, rows, row, n, y + row * y_stride, y_stride);
+          if (ends) add_group(w, p, scales, at / group * group, sums, rows, row, n, y + row * y_stride, y_stride);
           at = stop;
         }
       }
@@ -153,17 +155,32 @@ void multiply_quantized(const PackedMatrix& w, int64_t p, const Rows& rows, floa
 #elif !defined(__AMX_BF16__)
 // ---- dot products of bf16 pairs -----------------------------------------------------------------------------------------------
 
+constexpr int64_t FEW_ROWS = 32;
+
 template <DType D>
 void multiply_quantized(const PackedMatrix& w, int64_t p, const Rows& rows, float* y, int64_t y_stride, CodeScratch& scratch) {
   const int64_t depth = w.depth(), group = scaled_together(w);
+  const PanelScales scales(w, p);
+  const std::byte* codes = w.codes(p);
+  if (rows.count <= FEW_ROWS) {  // unpacked in registers, for every 8 to 12 rows again
+    in_dot_groups(rows.tiles, depth, 0, rows.count, rows.count, 0, [&](int64_t row, int n, const uint16_t* x, int64_t x_stride) {
+      for (int64_t k = 0; k < depth; k += group) {
+        multiply_code_dot_rows<Codes<D>>({.x = x + k / TILE_K * x_stride, .x_stride = x_stride, .weights = codes + k / STEP * Codes<D>::STEP_BYTES,
+                                          .steps = (smaller(k + group, depth) - k) / STEP, .sums = nullptr, .start = nullptr, .y = scratch.few,
+                                          .y_stride = PANEL, .columns = int(PANEL)}, n);
+        add_group(w, p, scales, k, scratch.few, rows, row, n, y + row * y_stride, y_stride);
+      }
+    });
+    return;
+  }
   for (int64_t first = 0; first < rows.count; first += CODE_ROWS) {
     const int64_t last = smaller(rows.count, first + CODE_ROWS);
     for (int64_t k = 0, end; k < depth; k = end) {
       end = block_end(k, group, depth);
       for (int64_t i = k / STEP; i < end / STEP; ++i) {
-        const std::byte* codes = w.codes(p) + i * Codes<D>::STEP_BYTES;
-        for (int64_t line = 0; line < Codes<D>::STEP_BYTES; line += 64) prefetch(codes + line + PREFETCH_BYTES);
-        Codes<D>::unpack(codes, scratch.pairs + (i - k / STEP) * STEP_NUMBERS);
+        const std::byte* step = codes + i * Codes<D>::STEP_BYTES;
+        for (int64_t line = 0; line < Codes<D>::STEP_BYTES; line += 64) prefetch(step + line + CODES_AHEAD);
+        Codes<D>::unpack(step, scratch.pairs + (i - k / STEP) * STEP_NUMBERS);
       }
       in_dot_groups(rows.tiles, depth, first, last, rows.count, k, [&](int64_t row, int n, const uint16_t* x, int64_t x_stride) {
         for (int64_t at = k, stop; at < end; at = stop) {
@@ -175,7 +192,7 @@ void multiply_quantized(const PackedMatrix& w, int64_t p, const Rows& rows, floa
           const std::byte* weights = reinterpret_cast<const std::byte*>(scratch.pairs + (at - k) * PANEL);
           multiply_dot_rows<false>({.x = x + (at - k) / TILE_K * x_stride, .x_stride = x_stride, .weights = weights, .steps = (stop - at) / TILE_K,
                                     .sums = begins ? nullptr : unfinished, .start = nullptr, .y = sums, .y_stride = PANEL, .columns = int(PANEL)}, n);
-          if (ends) add_group(w, p, at / group * group, sums, rows, row, n, y + row * y_stride, y_stride);
+          if (ends) add_group(w, p, scales, at / group * group, sums, rows, row, n, y + row * y_stride, y_stride);
         }
       });
     }
@@ -271,7 +288,7 @@ APPORTION_INLINE void unpack_step(const std::byte* codes, uint16_t* out) {
 }
 
 template <DType D, bool BYTES, bool TWO, bool STREAM>
-inline void multiply_code_rows(const PackedMatrix& w, int64_t p, const Rows& rows, int64_t row, int64_t n, int64_t k, int64_t end,
+inline void multiply_code_rows(const PackedMatrix& w, int64_t p, const PanelScales& scales, const Rows& rows, int64_t row, int64_t n, int64_t k, int64_t end,
                                       float* y, int64_t y_stride, float* unfinished, CodeScratch& scratch) {
   constexpr int64_t CHANNELS = BYTES ? 64 : STEP;
   const int64_t group = scaled_together(w), depth = w.depth(), steps = (end - k) / CHANNELS;
@@ -299,7 +316,7 @@ inline void multiply_code_rows(const PackedMatrix& w, int64_t p, const Rows& row
     asm volatile("" ::: "memory");
     if (ends) {
       using Number = std::conditional_t<BYTES, int32_t, float>;
-      add_group(w, p, at / group * group, reinterpret_cast<const Number*>(sums), rows, row, n, y + row * y_stride, y_stride);
+      add_group(w, p, scales, at / group * group, reinterpret_cast<const Number*>(sums), rows, row, n, y + row * y_stride, y_stride);
     }
     at = stop;
   }
@@ -309,6 +326,7 @@ template <DType D, bool BYTES>
 void multiply_quantized_as(const PackedMatrix& w, int64_t p, const Rows& rows, float* y, int64_t y_stride, CodeScratch& scratch) {
   asm volatile("" ::: "memory");  // tile loads are opaque to the compiler: what they read must have been written
   const int64_t depth = w.depth(), group = scaled_together(w);
+  const PanelScales scales(w, p);
   int64_t configured = 0;
   const auto configure = [&](int64_t n) {
     if (n != configured) configure_tiles(int(smaller(n, ROW_BLOCK)), int(n > ROW_BLOCK ? n - ROW_BLOCK : n));
@@ -319,7 +337,7 @@ void multiply_quantized_as(const PackedMatrix& w, int64_t p, const Rows& rows, f
     if (all <= 2 * ROW_BLOCK) {  // the codes pass once, each step unpacked while the one before is multiplied
       configure(all);
       const auto multiply = all > ROW_BLOCK ? multiply_code_rows<D, BYTES, true, true> : multiply_code_rows<D, BYTES, false, true>;
-      multiply(w, p, rows, first, all, 0, depth, y, y_stride, scratch.many, scratch);
+      multiply(w, p, scales, rows, first, all, 0, depth, y, y_stride, scratch.many, scratch);
       continue;
     }
     for (int64_t k = 0; k < depth;) {
@@ -331,7 +349,7 @@ void multiply_quantized_as(const PackedMatrix& w, int64_t p, const Rows& rows, f
         const int64_t n = smaller(last - row, 2 * ROW_BLOCK);
         configure(n);
         const auto multiply = n > ROW_BLOCK ? multiply_code_rows<D, BYTES, true, false> : multiply_code_rows<D, BYTES, false, false>;
-        multiply(w, p, rows, row, n, k, end, y, y_stride, scratch.many + (row - first) * PANEL, scratch);
+        multiply(w, p, scales, rows, row, n, k, end, y, y_stride, scratch.many + (row - first) * PANEL, scratch);
       }
       k = end;
     }
