@@ -5,8 +5,8 @@
     python benchmarks/quantized_models.py --cases decode-8k --ours "w4a16,lm_head=w8a16;w4a16,lm_head=w8a16+kv=fp8" --theirs "" --write
     python benchmarks/quantized_models.py --table
 
-Beside every rate stands how the matrices are stored; embeddings are bf16 on our side and what the peer's own quantizer makes of them on
-its (they are gathered, not read), norms float32. In --theirs a name without an engine is one of llama.cpp's types. The floor: the bytes of
+Beside every rate stands how the matrices are stored and what their inputs are rounded to; embeddings are bf16 on our side and what the
+peer's own quantizer makes of them on its (they are gathered, not read), norms float32. In --theirs a name without an engine is one of llama.cpp's types. The floor: the bytes of
 the matrices and cached tokens of a step over the bandwidth measured in the same run. --write keeps the results and writes the table of
 docs/quantization.md, as --table does from what was kept.
 """
@@ -33,28 +33,31 @@ from pages import write_part
 from peers.install import is_installed
 from run_all import RESULTS, machine
 
-OURS = (
-    "bfloat16",
-    "fp8",
-    "fp8,lm_head=e4m3_channel",
-    "int8,lm_head=int8",
-    "w8a16,lm_head=w8a16",
-    "w4a16,lm_head=w8a16",
-    "w4a16,lm_head=w4a16",
-)
+W4A8 = "int4_g128_bf16@int8_token,lm_head=int6_g128_bf16@int8_token"
+OURS = ("bfloat16", "fp8,lm_head=fp8", "int8,lm_head=int8", "w4a16,lm_head=w8a16", W4A8)
 STORED = {  # linears, lm_head
     "bfloat16": ("bfloat16", "bfloat16"),
-    "fp8": ("e4m3_channel", "bfloat16"),
-    "fp8,lm_head=e4m3_channel": ("e4m3_channel", "e4m3_channel"),
+    "fp8,lm_head=fp8": ("e4m3_channel", "e4m3_channel"),
     "int8,lm_head=int8": ("int8_channel", "int8_channel"),
-    "w8a16,lm_head=w8a16": ("int8_channel", "int8_channel"),
     "w4a16,lm_head=w8a16": ("int4_g128_bf16", "int8_channel"),
-    "w4a16,lm_head=w4a16": ("int4_g128_bf16", "int4_g128_bf16"),
+    W4A8: ("int4_g128_bf16", "int6_g128_bf16"),
     "bf16": ("bfloat16", "bfloat16"),
     "q8_0": ("int8_g32_f16", "int8_g32_f16"),
     "q4_0": ("int4_g32_f16", "Q6_K"),
     "int8": ("int8_channel_zp_f16", "int8_channel_zp_f16"),
     "int4": ("int4_g128_f16", "int8_channel_zp_f16"),
+}
+INPUTS = {  # what inputs are rounded to, by each side's own choice
+    "bfloat16": "bf16",
+    "fp8,lm_head=fp8": "e4m3 per token",
+    "int8,lm_head=int8": "int8 per token",
+    "w4a16,lm_head=w8a16": "bf16",
+    W4A8: "int8 per token",
+    "bf16": "bf16",
+    "q8_0": "int8 per 32",
+    "q4_0": "int8 per 32",
+    "int8": "int8 per 32",
+    "int4": "int8 per 32",
 }
 Q6_K_BITS = 6.5625
 CASES = CASES | {"decode-8k": Case("bench-250m", 1, 8192, 33, {})}
@@ -62,24 +65,31 @@ CASES = CASES | {"decode-8k": Case("bench-250m", 1, 8192, 33, {})}
 
 @dataclass(frozen=True)
 class Bar:
-    """ours and theirs: the engines and dtypes whose best is taken. least: ratio to reach."""
+    """ours, theirs: engines and dtypes; of theirs the best is taken. least: ratio to reach."""
 
     title: str
     case: str
-    ours: tuple[str, ...]
+    ours: str
     theirs: tuple[str, ...]
     least: float
 
 
-INT8, INT4 = ("apportion int8,lm_head=int8", "apportion w8a16,lm_head=w8a16"), ("apportion w4a16,lm_head=w8a16",)
+INT8, INT4_INT8, INT4 = (f"apportion {dtype}" for dtype in ("int8,lm_head=int8", W4A8, "w4a16,lm_head=w8a16"))
 Q8, Q4 = ("llama_cpp q8_0", "openvino int8"), ("llama_cpp q4_0", "openvino int4")
+BATCHES = (1, 8, 16)
 BARS = (
-    *(Bar(f"int8 decode, batch {n}", f"decode-{n}", INT8, Q8, least) for n, least in ((1, 1.7), (8, 2.5), (16, 1.8))),
-    *(Bar(f"int4 decode, batch {n}", f"decode-{n}", INT4, Q4, least) for n, least in ((1, 1.6), (8, 2.3), (16, 2.3))),
-    Bar("int4 prefill, 512", "prefill-512", INT4, Q4[:1], 1.3),
-    Bar("fp8 decode, batch 1", "decode-1", ("apportion fp8", "apportion fp8,lm_head=e4m3_channel"), ("apportion bfloat16",), 1.6),
-    Bar("mixture, int4 decode, batch 1", "moe-decode-1", INT4, Q4[:1], 1.5),
-    Bar("fp8 KV, int4 decode at 8k", "decode-8k", ("apportion w4a16,lm_head=w8a16+kv=fp8",), ("apportion w4a16,lm_head=w8a16",), 1.2),
+    *(Bar(f"int8 decode, batch {n}", f"decode-{n}", INT8, Q8, least) for n, least in zip(BATCHES, (1.7, 2.5, 1.8), strict=True)),
+    *(Bar(f"int4 decode, batch {n}", f"decode-{n}", INT4_INT8, Q4, least) for n, least in zip(BATCHES, (1.6, 2.3, 2.3), strict=True)),
+    *(
+        Bar(f"the same, inputs in bf16, batch {n}", f"decode-{n}", INT4, Q4, least)
+        for n, least in zip(BATCHES, (1.6, 2.3, 2.3), strict=True)
+    ),
+    Bar("int4 prefill, 512", "prefill-512", INT4_INT8, Q4[:1], 1.3),
+    Bar("the same, inputs in bf16", "prefill-512", INT4, Q4[:1], 1.3),
+    Bar("fp8 decode, batch 1", "decode-1", "apportion fp8,lm_head=fp8", ("apportion bfloat16",), 1.6),
+    Bar("mixture, int4 decode, batch 1", "moe-decode-1", INT4_INT8, Q4[:1], 1.5),
+    Bar("the same, inputs in bf16", "moe-decode-1", INT4, Q4[:1], 1.5),
+    Bar("fp8 KV, int4 decode at 8k, inputs in bf16", "decode-8k", f"{INT4}+kv=fp8", (INT4,), 1.2),
 )
 
 
@@ -131,9 +141,10 @@ def measure(model: str, cases: list[str], ours: list[str], theirs: list[str], ro
                 nbytes, rate = matrix_bytes(model, dtype, case.batch), statistics.median(values)
                 context = case.batch * (case.prompt_len + case.output_len / 2) * cached_bytes(model, dtype)
                 floor = None if case.is_prefill else case.batch / bandwidth.floor_s(nbytes + context)
-                stored = STORED[dtype.partition("+")[0]]
+                stored, inputs = STORED[dtype.partition("+")[0]], INPUTS[dtype.partition("+")[0]]
                 results["cases"][name][engine] = {
-                    "tokens_per_s": rate, "rounds": values, "stored": stored, "matrix_bytes": nbytes, "floor_tokens_per_s": floor,
+                    "tokens_per_s": rate, "rounds": values, "stored": stored, "inputs": inputs,
+                    "matrix_bytes": nbytes, "floor_tokens_per_s": floor,
                 }  # fmt: skip
                 of_floor = "" if floor is None else f"{rate / floor:6.1%} of the floor"
                 print(f"{name:12} {engine:36} {' + '.join(stored):32} {nbytes / 1e6:6.0f} MB {rate:8.1f} tok/s {of_floor}", flush=True)
@@ -144,29 +155,35 @@ def measure(model: str, cases: list[str], ours: list[str], theirs: list[str], ro
     return results
 
 
+def how(name: str) -> str:
+    """Stored as, and inputs rounded to, of an engine and dtype."""
+    dtype = name.partition(" ")[2].partition("+")[0]
+    return f"{' + '.join(STORED[dtype])}; {INPUTS[dtype]}"
+
+
 def table() -> str:
     """Bars and what was measured, from the newest results of each case."""
     newest: dict[str, tuple[dict[str, Any], dict[str, Any]]] = {}
     kept = [json.loads(path.read_text()) for path in RESULTS.glob("quantized-*.json")]
     for results in sorted(kept, key=lambda results: results["date"]):
         newest |= {case: (results, found) for case, found in results["cases"].items()}
-    lines = ["| | ours, tok/s (stored, share of the floor) | against, tok/s (stored) | ratio | to reach | |", "|---|---|---|---|---|---|"]
+    lines = [
+        "| | ours, tok/s (stored; inputs; share of the floor) | best peer, tok/s (stored; inputs) | ratio | to reach | |",
+        "|---|---|---|---|---|---|",
+    ]
     for bar in BARS:
         found = newest.get(bar.case, ({}, {}))[1]
-        ours, theirs = (
-            max((name for name in names if name in found), key=lambda name: found[name]["tokens_per_s"], default=None)
-            for names in (bar.ours, bar.theirs)
-        )
-        if ours is None or theirs is None:
+        theirs = max((name for name in bar.theirs if name in found), key=lambda name: found[name]["tokens_per_s"], default=None)
+        if bar.ours not in found or theirs is None:
             lines.append(f"| {bar.title} | | | | {bar.least}x | not measured |")
             continue
-        own, other = found[ours], found[theirs]
+        own, other = found[bar.ours], found[theirs]
         floor = own["floor_tokens_per_s"]
-        share = "" if floor is None else f", {own['tokens_per_s'] / floor:.0%}"
+        share = "" if floor is None else f"; {own['tokens_per_s'] / floor:.0%}"
         ratio = statistics.median(a / b for a, b in zip(own["rounds"], other["rounds"], strict=True))
         lines.append(
-            f"| {bar.title} | {own['tokens_per_s']:.0f} ({' + '.join(own['stored'])}{share}) | {theirs} {other['tokens_per_s']:.0f} "
-            f"({' + '.join(other['stored'])}) | {ratio:.2f}x | {bar.least}x | {'met' if ratio >= bar.least else 'missed'} |"
+            f"| {bar.title} | {own['tokens_per_s']:.0f} ({how(bar.ours)}{share}) | {theirs.partition(',')[0]} {other['tokens_per_s']:.0f} "
+            f"({how(theirs)}) | {ratio:.2f}x | {bar.least}x | {'met' if ratio >= bar.least else 'missed'} |"
         )
     about = {(r["machine"]["processor"], ", ".join(r["machine"]["sets"]), r["commit"]) for r, _ in newest.values()}
     measured = "; ".join(f"{processor} ({sets}), commit {commit}" for processor, sets, commit in sorted(about))
