@@ -6,9 +6,9 @@
     python benchmarks/quantized_models.py --table
 
 Beside every rate stands how the matrices are stored and what their inputs are rounded to; embeddings are bf16 on our side and what the
-peer's own quantizer makes of them on its (they are gathered, not read), norms float32. In --theirs a name without an engine is one of llama.cpp's types. The floor: the bytes of
-the matrices and cached tokens of a step over the bandwidth measured in the same run. --write keeps the results and writes the table of
-docs/quantization.md, as --table does from what was kept.
+peer's own quantizer makes of them on its (they are gathered, not read), norms float32. In --theirs a name without an engine is one of
+llama.cpp's types. The floor: the bytes of the matrices and cached tokens of a step over the bandwidth measured in the same run. --write
+keeps the results and writes the table of docs/quantization.md, as --table does from what was kept.
 """
 
 from __future__ import annotations
