@@ -82,8 +82,8 @@ def test_errors_name_the_thing():
     ops = CpuOps(TEAM)
     with pytest.raises(InvalidParameter, match="2 schemes were given for 3 experts"):
         ops.experts(ExpertsSpec(3, 8, 8, (("float32",) * 3,) * 2))
-    with pytest.raises(Unsupported, match="int6"):
-        PackedExperts(TEAM, ExpertsSpec(3, 8, 8, (("int6_channel",) * 3,)))
+    with pytest.raises(Unsupported, match="int6_g16"):
+        PackedExperts(TEAM, ExpertsSpec(3, 16, 16, (("int6_g16",) * 3,)))
     experts = filled(ops.experts(ExpertsSpec(3, 8, 8)))
     with pytest.raises(InternalError, match="down"):
         experts.load(0, "down", torch.zeros(8, 9))

@@ -123,8 +123,8 @@ def test_views_with_a_row_stride(isa):
 
 
 def test_errors_name_the_thing():
-    with pytest.raises(Unsupported, match="int6"):
-        PackedLinear(TEAM, LinearSpec(8, 8, "int6_channel"))
+    with pytest.raises(Unsupported, match="int6_g16"):
+        PackedLinear(TEAM, LinearSpec(8, 16, "int6_g16"))
     linear = PackedLinear(TEAM, LinearSpec(8, 8))
     with pytest.raises(InternalError, match="bind"):
         linear.load_rows(torch.zeros(8, 8), 0)
