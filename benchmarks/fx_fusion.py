@@ -11,6 +11,7 @@ import statistics
 import subprocess
 import time
 from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -91,7 +92,7 @@ def main() -> None:
             compiled = torch.compile(plain, backend=fusing(ops), dynamic=False)
             for t in ROWS:
                 x = torch.randn(t, WIDTH)
-                calls = {"eager": lambda: plain(x), "fx": lambda: compiled(x), "hand": lambda: by_hand(plain, ops, x)}
+                calls = {"eager": partial(plain, x), "fx": partial(compiled, x), "hand": partial(by_hand, plain, ops, x)}
                 expected = calls["eager"]()
                 assert all(torch.allclose(call(), expected, atol=1e-3, rtol=1e-3) for call in calls.values())
                 rows.append({"products": products, "rows": t, "us_a_layer": medians(calls)})
