@@ -6,6 +6,7 @@ shapes alone, so the grid is known before routing is (and a graph can hold it). 
 
 from __future__ import annotations
 
+from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -16,6 +17,7 @@ from torch import Tensor
 from apportion.core.errors import Unsupported
 from apportion.kernels.ops import ExpertsSpec, QuantizedWeight
 from apportion.kernels.reference.number_formats import TORCH_DTYPES
+from apportion.kernels.triton.linear import plain_sums
 from apportion.kernels.triton.tiles import Tile
 
 CHUNK = 64  # pairs that the alignment looks at together
@@ -82,17 +84,11 @@ def down_kernel(hidden, weight, slots, tile_expert, parts, c, n, BLOCK_T: tl.con
     tile, block = tl.program_id(1), tl.program_id(0)
     expert = tl.load(tile_expert + tile)
     if expert >= 0:
-        lanes, inner = tl.arange(0, BLOCK_T), tl.arange(0, BLOCK_K)
-        pair = tl.load(slots + tile * BLOCK_T + lanes)
+        slot = (tile * BLOCK_T + tl.arange(0, BLOCK_T)).to(tl.int64)
+        pair = tl.load(slots + slot)
         outputs = block * BLOCK_N + tl.arange(0, BLOCK_N)
-        inside = outputs < n
-        w_place = weight + (expert.to(tl.int64) * n + outputs)[:, None] * c + inner[None, :]
-        h_place = hidden + (tile * BLOCK_T + lanes).to(tl.int64)[None, :] * c + inner[:, None]
-        sums = tl.zeros((BLOCK_N, BLOCK_T), tl.float32)
-        for k in range(0, c, BLOCK_K):
-            inside_k = k + inner < c
-            seen = tl.load(h_place + k, mask=inside_k[:, None] & (pair >= 0)[None, :], other=0.0)
-            sums = tl.dot(tl.load(w_place + k, mask=inside[:, None] & inside_k[None, :], other=0.0), seen, sums, input_precision="ieee")
+        inside, own = outputs < n, weight + expert.to(tl.int64) * n * c
+        sums = plain_sums(hidden, c, slot, pair >= 0, own, c, outputs, inside, 0, c, BLOCK_T, BLOCK_N, BLOCK_K)
         place = parts + pair.to(tl.int64)[None, :] * n + outputs[:, None]
         tl.store(place, sums, mask=inside[:, None] & (pair >= 0)[None, :])
 
@@ -114,6 +110,39 @@ def weigh_kernel(parts, ids, weights, out, n, TOP_K: tl.constexpr, BLOCK: tl.con
 def tile_bound(num_pairs: int, num_experts: int, block_t: int) -> int:
     """Tiles that can be needed: an expert has at most one that is not full."""
     return min(num_pairs, num_pairs // block_t + num_experts)
+
+
+@dataclass(slots=True)
+class Dealt:
+    """The (token, choice) pairs of a step in `num_tiles` tiles of one expert each: what `align_kernel` makes."""
+
+    slots: Tensor
+    tile_expert: Tensor
+    num_tiles: int
+    block_t: int
+    top_k: int
+
+
+def deal(expert_ids: Tensor, num_experts: int) -> Dealt:
+    """expert_ids int32 [T, k], T * k above 0. Nothing is read back."""
+    pairs = expert_ids.numel()
+    block_t = 16 if pairs <= 16 * num_experts else 64
+    tiles = tile_bound(pairs, num_experts, block_t)
+    table = torch.full((tiles * (block_t + 1),), -1, dtype=torch.int32, device=expert_ids.device)
+    dealt = Dealt(table[: tiles * block_t], table[tiles * block_t :], tiles, block_t, expert_ids.shape[1])
+    align_kernel[(1,)](
+        expert_ids, pairs, dealt.slots, dealt.tile_expert,
+        EXPERTS=num_experts, BLOCK_T=block_t, BLOCK_E=triton.next_power_of_2(num_experts), CHUNK=CHUNK,
+    )  # fmt: skip
+    return dealt
+
+
+def weigh(parts: Tensor, expert_ids: Tensor, expert_weights: Tensor, out: Tensor) -> Tensor:
+    """Sum of parts [T * k, M], each times its weight, over the k of a token: out [T, M]."""
+    (rows, top_k), m = expert_ids.shape, out.shape[1]
+    block = min(1024, triton.next_power_of_2(m))
+    weigh_kernel[(rows, triton.cdiv(m, block))](parts, expert_ids, expert_weights, out, m, TOP_K=top_k, BLOCK=block)
+    return out
 
 
 class GroupedExperts:
@@ -145,24 +174,16 @@ class GroupedExperts:
         whole[first : first + len(weight)].copy_(weight)
 
     def __call__(self, x: Tensor, expert_ids: Tensor, expert_weights: Tensor) -> Tensor:
-        (rows, top_k), tile = expert_ids.shape, self.tile
-        e, f, m = self.spec.num_experts, self.spec.ffn, self.spec.hidden
-        out = torch.empty((rows, m), dtype=x.dtype, device=x.device)
-        pairs = rows * top_k
-        if not pairs:
+        tile, (e, f, m) = self.tile, (self.spec.num_experts, self.spec.ffn, self.spec.hidden)
+        out = torch.empty((len(x), m), dtype=x.dtype, device=x.device)
+        if not expert_ids.numel():
             return out
-        block_t = 16 if pairs <= 16 * e else 64
-        tiles = tile_bound(pairs, e, block_t)
-        table = torch.full((tiles * (block_t + 1),), -1, dtype=torch.int32, device=x.device)
-        slots, tile_expert = table[: tiles * block_t], table[tiles * block_t :]
-        hidden = torch.empty((tiles * block_t, f), dtype=self._dtype, device=x.device)
-        parts = torch.empty((pairs, m), dtype=torch.float32, device=x.device)
-        sizes: dict[str, Any] = {"BLOCK_T": block_t, "BLOCK_N": tile.n, "BLOCK_K": tile.k, **tile.launch}
-        align_kernel[(1,)](
-            expert_ids, pairs, slots, tile_expert, EXPERTS=e, BLOCK_T=block_t, BLOCK_E=triton.next_power_of_2(e), CHUNK=CHUNK
+        dealt = deal(expert_ids, e)
+        hidden = torch.empty((len(dealt.slots), f), dtype=self._dtype, device=x.device)
+        parts = torch.empty((expert_ids.numel(), m), dtype=torch.float32, device=x.device)
+        sizes: dict[str, Any] = {"BLOCK_T": dealt.block_t, "BLOCK_N": tile.n, "BLOCK_K": tile.k, **tile.launch}
+        gate_up_kernel[(triton.cdiv(f, tile.n), dealt.num_tiles)](
+            x, x.stride(0), self._gate_up, dealt.slots, dealt.tile_expert, hidden, dealt.top_k, m, f, **sizes
         )
-        gate_up_kernel[(triton.cdiv(f, tile.n), tiles)](x, x.stride(0), self._gate_up, slots, tile_expert, hidden, top_k, m, f, **sizes)
-        down_kernel[(triton.cdiv(m, tile.n), tiles)](hidden, self._down, slots, tile_expert, parts, f, m, **sizes)
-        block = min(1024, triton.next_power_of_2(m))
-        weigh_kernel[(rows, triton.cdiv(m, block))](parts, expert_ids, expert_weights, out, m, TOP_K=top_k, BLOCK=block)
-        return out
+        down_kernel[(triton.cdiv(m, tile.n), dealt.num_tiles)](hidden, self._down, dealt.slots, dealt.tile_expert, parts, f, m, **sizes)
+        return weigh(parts, expert_ids, expert_weights, out)

@@ -27,6 +27,24 @@ SPLITS = (1, 2, 4, 8)
 
 
 @triton.jit
+def plain_sums(
+    x, x_stride, x_rows, inside_t, weight, c, outputs, inside_n, first, last,
+    BLOCK_T: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr,
+):  # fmt: skip
+    """sums [BLOCK_N, BLOCK_T] of weight [N, C] times rows of x, rounded to the weight's dtype, over inputs [first, last)."""
+    inner = tl.arange(0, BLOCK_K)
+    w_place = weight + outputs.to(tl.int64)[:, None] * c + inner[None, :]
+    x_place = x + x_rows[None, :] * x_stride + inner[:, None]
+    sums = tl.zeros((BLOCK_N, BLOCK_T), tl.float32)
+    for k in range(first, last, BLOCK_K):
+        inside_k = k + inner < last
+        w = tl.load(w_place + k, mask=inside_n[:, None] & inside_k[None, :], other=0.0)
+        seen = tl.load(x_place + k, mask=inside_k[:, None] & inside_t[None, :], other=0.0).to(weight.dtype.element_ty)
+        sums = tl.dot(w, seen, sums, input_precision="ieee")
+    return sums
+
+
+@triton.jit
 def flat_kernel(
     x, x_stride, weight, bias, out, out_stride, rows, n, c, c_per_split,
     HAS_BIAS: tl.constexpr, SPLITS: tl.constexpr, BLOCK_T: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr,
@@ -34,22 +52,14 @@ def flat_kernel(
     """out [T, N] = x [T, C] @ weight [N, C]^T (+ bias); with several splits, out is float32 [SPLITS, T, N] and gets no bias."""
     outputs = tl.program_id(0) * BLOCK_N + tl.arange(0, BLOCK_N)
     split = tl.program_id(1)
-    tokens = tl.program_id(2) * BLOCK_T + tl.arange(0, BLOCK_T)
-    inner = tl.arange(0, BLOCK_K)
+    tokens = (tl.program_id(2) * BLOCK_T + tl.arange(0, BLOCK_T)).to(tl.int64)
     inside_n, inside_t = outputs < n, tokens < rows
     first = split * c_per_split
     last = tl.minimum(first + c_per_split, c)
-    w_place = weight + outputs.to(tl.int64)[:, None] * c + inner[None, :]
-    x_place = x + tokens.to(tl.int64)[None, :] * x_stride + inner[:, None]
-    sums = tl.zeros((BLOCK_N, BLOCK_T), tl.float32)
-    for k in range(first, last, BLOCK_K):
-        inside_k = k + inner < last
-        w = tl.load(w_place + k, mask=inside_n[:, None] & inside_k[None, :], other=0.0)
-        seen = tl.load(x_place + k, mask=inside_k[:, None] & inside_t[None, :], other=0.0).to(weight.dtype.element_ty)
-        sums = tl.dot(w, seen, sums, input_precision="ieee")
+    sums = plain_sums(x, x_stride, tokens, inside_t, weight, c, outputs, inside_n, first, last, BLOCK_T, BLOCK_N, BLOCK_K)
     if HAS_BIAS:
         sums += tl.load(bias + outputs, mask=inside_n, other=0.0)[:, None]
-    row = (split * rows if SPLITS > 1 else 0) + tokens.to(tl.int64)
+    row = (split * rows if SPLITS > 1 else 0) + tokens
     place = out + row[None, :] * out_stride + outputs[:, None]
     tl.store(place, sums.to(out.dtype.element_ty), mask=inside_n[:, None] & inside_t[None, :])
 

@@ -20,7 +20,8 @@ from apportion.kernels.ops import ExpertsSpec, LinearSpec, RoundedRows
 from apportion.kernels.reference.linear import ReferenceExperts, ReferenceLinear
 from apportion.kernels.reference.number_formats import TORCH_DTYPES
 from apportion.kernels.triton.elementwise import silu_mul
-from apportion.kernels.triton.experts import CHUNK, align_kernel, tile_bound, weigh_kernel
+from apportion.kernels.triton.experts import Dealt, deal, weigh
+from apportion.kernels.triton.linear import plain_sums
 from apportion.kernels.triton.quantized import CodedLinear, coded_sums, x_constants
 from apportion.kernels.triton.rounding import Rounding
 from apportion.kernels.triton.tiles import Tile
@@ -49,15 +50,7 @@ def grouped_kernel(
         outputs = tl.program_id(0) * BLOCK_N + tl.arange(0, BLOCK_N)
         inside_n, inside_t = outputs < n, pair >= 0
         if FLOAT:
-            inner = tl.arange(0, BLOCK_K)
-            place = codes + start + outputs.to(tl.int64)[:, None] * c + inner[None, :]
-            sums = tl.zeros((BLOCK_N, BLOCK_T), tl.float32)
-            for k in range(0, c, BLOCK_K):
-                inside_k = k + inner < c
-                mask = inside_k[:, None] & inside_t[None, :]
-                seen = tl.load(x + rows[None, :] * x_stride + (k + inner)[:, None], mask=mask, other=0.0).to(codes.dtype.element_ty)
-                w = tl.load(place + k, mask=inside_n[:, None] & inside_k[None, :], other=0.0)
-                sums = tl.dot(w, seen, sums, input_precision="ieee")
+            sums = plain_sums(x, x_stride, rows, inside_t, codes + start, c, outputs, inside_n, 0, c, BLOCK_T, BLOCK_N, BLOCK_K)
         else:
             s_start, z_start = tl.load(offsets + expert * 3 + 1), tl.load(offsets + expert * 3 + 2)
             sums = coded_sums(
@@ -66,6 +59,23 @@ def grouped_kernel(
             )  # fmt: skip
         to = pair.to(tl.int64) if TO_PAIR else slot
         tl.store(out + to[None, :] * out_stride + outputs[:, None], sums, mask=inside_n[:, None] & inside_t[None, :])
+
+
+class _Inputs:
+    """Inputs of a projection as its formats want them, each made once. gated: rows are gates, then ups."""
+
+    def __init__(self, rows: Tensor, gated: bool) -> None:
+        self._rows, self._gated = rows, gated
+        self._made: dict[Any, RoundedRows] = {}
+
+    def rounded(self, rounding: Rounding | None) -> RoundedRows:
+        key = None if rounding is None else (rounding.fmt.name, rounding.dtype)
+        if key not in self._made:
+            if rounding is None:
+                self._made[key] = RoundedRows(silu_mul(self._rows) if self._gated else self._rows, None)
+            else:
+                self._made[key] = rounding.silu_mul(self._rows) if self._gated else rounding(self._rows)
+        return self._made[key]
 
 
 class _Format:
@@ -130,50 +140,30 @@ class MixedExperts(ReferenceExperts):
                 format_.bind(buffer, self.spec.num_experts)
 
     def __call__(self, x: Tensor, expert_ids: Tensor, expert_weights: Tensor) -> Tensor:
-        rows, top_k = expert_ids.shape
         e, f, m = self.spec.num_experts, self.spec.ffn, self.spec.hidden
-        out = torch.empty((rows, m), dtype=x.dtype, device=x.device)
-        pairs = rows * top_k
-        if not pairs:
+        out = torch.empty((len(x), m), dtype=x.dtype, device=x.device)
+        if not expert_ids.numel():
             return out
-        block_t = 16 if pairs <= 16 * e else 64
-        tiles = tile_bound(pairs, e, block_t)
-        table = torch.full((tiles * (block_t + 1),), -1, dtype=torch.int32, device=x.device)
-        slots, tile_expert = table[: tiles * block_t], table[tiles * block_t :]
-        align_kernel[(1,)](
-            expert_ids, pairs, slots, tile_expert, EXPERTS=e, BLOCK_T=block_t, BLOCK_E=triton.next_power_of_2(e), CHUNK=CHUNK
-        )
-        joint = torch.empty((tiles * block_t, 2 * f), dtype=torch.float32, device=x.device)
-        where = (slots, tile_expert, tiles, block_t, top_k)
-        self._project("gate", x, joint[:, :f], where, from_token=True, to_pair=False)
-        self._project("up", x, joint[:, f:], where, from_token=True, to_pair=False)
-        parts = torch.empty((pairs, m), dtype=torch.float32, device=x.device)
-        self._project("down", silu_mul(joint), parts, where, from_token=False, to_pair=True)
-        block = min(1024, triton.next_power_of_2(m))
-        weigh_kernel[(rows, triton.cdiv(m, block))](parts, expert_ids, expert_weights, out, m, TOP_K=top_k, BLOCK=block)
-        return out
+        dealt = deal(expert_ids, e)
+        tokens = _Inputs(x, gated=False)
+        joint = torch.empty((len(dealt.slots), 2 * f), dtype=torch.float32, device=x.device)
+        self._project("gate", tokens, joint[:, :f], dealt)
+        self._project("up", tokens, joint[:, f:], dealt)
+        parts = torch.empty((expert_ids.numel(), m), dtype=torch.float32, device=x.device)
+        self._project("down", _Inputs(joint, gated=True), parts, dealt)
+        return weigh(parts, expert_ids, expert_weights, out)
 
-    def _project(
-        self, projection: str, x: Tensor, out: Tensor, where: tuple[Tensor, Tensor, int, int, int], *, from_token: bool, to_pair: bool
-    ) -> None:
-        slots, tile_expert, tiles, block_t, top_k = where
-        rounded: dict[tuple[str, torch.dtype], RoundedRows] = {}
+    def _project(self, projection: str, inputs: _Inputs, out: Tensor, dealt: Dealt) -> None:
+        down = projection == "down"
         for format_ in self._formats[projection].values():
-            seen, rounding = RoundedRows(x, None), format_.rounding
-            if rounding is not None:
-                key = rounding.fmt.name, rounding.dtype
-                if key not in rounded:
-                    rounded[key] = rounding(x)
-                seen = rounded[key]
-            spec, tile = format_.linear.spec, format_.tile
-            n, c = spec.out_features, spec.in_features
+            seen, tile, spec = inputs.rounded(format_.rounding), format_.tile, format_.linear.spec
             constants = _FLOAT if format_.is_float else format_.linear.constants
             width, scales = (0, 0) if format_.is_float else (format_.linear.width, format_.linear.num_scales)
-            grouped_kernel[(triton.cdiv(n, tile.n), tiles)](
-                seen.codes, seen.codes.stride(0), x if seen.scales is None else seen.scales, format_.codes, format_.scale, format_.zero,
-                format_.offsets, slots, tile_expert, out, out.stride(0), top_k, n, c, width, scales, FLOAT=format_.is_float, **constants,
-                **x_constants(rounding, seen), FROM_TOKEN=from_token, TO_PAIR=to_pair, BLOCK_T=block_t, BLOCK_N=tile.n, BLOCK_K=tile.k,
-                **tile.launch,
+            grouped_kernel[(triton.cdiv(spec.out_features, tile.n), dealt.num_tiles)](
+                seen.codes, seen.codes.stride(0), seen.codes if seen.scales is None else seen.scales, format_.codes, format_.scale,
+                format_.zero, format_.offsets, dealt.slots, dealt.tile_expert, out, out.stride(0), dealt.top_k, spec.out_features,
+                spec.in_features, width, scales, FLOAT=format_.is_float, **constants, **x_constants(format_.rounding, seen),
+                FROM_TOKEN=not down, TO_PAIR=down, BLOCK_T=dealt.block_t, BLOCK_N=tile.n, BLOCK_K=tile.k, **tile.launch,
             )  # fmt: skip
 
 
