@@ -32,6 +32,12 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 
 def run(args: argparse.Namespace) -> int:
+    from apportion.core.errors import InvalidParameter
+
+    for name, value in vars(args).items():
+        for number in value if isinstance(value, list) else [value]:
+            if type(number) is int and number < 1:
+                raise InvalidParameter(f"--{name.replace('_', '-')} takes numbers from 1 on, got {number}")
     if args.explain:
         return _explain(args)
     return _softmax(args) if args.softmax else _linear(args)
@@ -78,9 +84,11 @@ def _linear(args: argparse.Namespace) -> int:
 
 def _explain(args: argparse.Namespace) -> int:
     from apportion.bench.kernels import make_ops
+    from apportion.core.number_format import Scheme
 
     m, n, k = args.explain
-    print(make_ops(args.num_threads).explain(args.scheme or "bfloat16", n, k, m))
+    scheme = Scheme.parse(args.scheme or "bfloat16").name
+    print(make_ops(args.num_threads).explain(scheme, n, k, m))
     return 0
 
 

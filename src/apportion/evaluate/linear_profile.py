@@ -77,7 +77,7 @@ def _medians(calls: Sequence[Mapping[str, Callable[[], object]]], rounds: int) -
             ways[name]()
             if walk:
                 times[name].append((time.perf_counter() - start) * 1e6)
-    return {name: statistics.median(found) for name, found in times.items()}
+    return {name: round(statistics.median(found), 2) for name, found in times.items()}
 
 
 def measure(

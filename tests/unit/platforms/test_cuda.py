@@ -6,6 +6,7 @@ import pytest
 import torch
 
 from apportion.core.errors import InvalidParameter, OutOfMemory, Unsupported
+from apportion.kernels import dispatch, triton
 from apportion.platforms import platform as platforms
 from apportion.platforms.cuda import CudaPlatform, DeviceArena, why_not
 from apportion.platforms.platform import select_platform
@@ -55,6 +56,15 @@ def test_auto_takes_a_gpu_that_serves_and_says_when_triton_is_missing(gpu, monke
     with caplog.at_level(logging.WARNING, "apportion"):
         assert select_platform("auto").name == "cpu"
     assert "triton is not installed" in caplog.text
+
+
+def test_a_gpu_that_is_insisted_on_without_triton_says_what_to_install(gpu, monkeypatch):
+    gpu()
+    monkeypatch.setattr(triton, "find_spec", lambda name: None)
+    monkeypatch.setattr(triton, "interpreted", lambda: False)
+    monkeypatch.setattr(dispatch, "implementations", triton.implementations)
+    with pytest.raises(Unsupported, match=r"no kernels for device 'cuda'.*triton is not installed; pip install 'triton==3.6"):
+        dispatch.choose("cuda")
 
 
 def test_rocm_is_cuda_by_another_name(gpu):
