@@ -1,7 +1,7 @@
 """Whole models in our number formats and the peers', interleaved: in every round each runs the same case once, all others stopped.
 
     python benchmarks/quantized_models.py [--model bench-250m] [--cases decode-1,decode-8,decode-16,prefill-512] [--rounds 3] [--write]
-    python benchmarks/quantized_models.py --model bench-moe --cases moe-decode-1 --ours "w4a16,lm_head=w8a16" --theirs q4_0 --write
+    python benchmarks/quantized_models.py --model bench-moe --cases moe-decode-1 --theirs q4_0 --write
     python benchmarks/quantized_models.py --cases decode-8k --ours "w4a16,lm_head=w8a16;w4a16,lm_head=w8a16+kv=fp8" --theirs "" --write
     python benchmarks/quantized_models.py --table
 
