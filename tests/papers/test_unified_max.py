@@ -78,6 +78,20 @@ def test_rows_out_of_range_are_computed_again(step, phi, gain, recomputed):
     assert count == recomputed if recomputed is not None else count > 0
 
 
+@pytest.mark.parametrize(("phi", "recomputed"), [(1.0, 0), (200.0, 8 * HEADS), (-200.0, 8 * HEADS)])
+def test_prefill_likewise(phi, recomputed):
+    """A chunk of 5 tokens behind 295 others, a decode step, and a prompt of 2 with context: in one call."""
+    attention, _, _, _ = make_step(GROUP)
+    qkv = torch.randn(8, 8 * 16, generator=torch.Generator().manual_seed(5))
+    inputs = torch.tensor([0, 5, 6, 8], dtype=torch.int32), torch.tensor(LENS).int(), attention.table, 3, 8
+    oracle = ReferencePagedAttention(attention.spec, attention.arena)
+    expected = oracle.run(0, qkv, torch.empty(8, HEADS * 16), oracle.plan(*inputs))
+    attention.unify(0, torch.full((HEADS,), phi))
+    out = attention.run(0, qkv, torch.full((8, HEADS * 16), torch.nan), attention.plan(*inputs))
+    torch.testing.assert_close(out, expected, rtol=2e-5, atol=2e-5)
+    assert int(attention.recomputed) == recomputed
+
+
 @pytest.mark.parametrize(
     ("kv", "phi", "recomputed"),
     [

@@ -29,12 +29,14 @@ PRODUCTS = {
     "latent_kernel",
 }
 # What may leave the registers. Sums over 512 latent channels fill those of a thread, and no smaller tile is left; the tile of prefill
-# that fits sm_80 and sm_89 is a little too much for gfx942.
+# that fits sm_80 and sm_89 is a little too much for gfx942, and a second walk, online, behind that of prefill for all.
 FULL = ("latent-decode", "latent-decode-fp8_e4m3", "latent-prefill")
 SPILLS = {
     **{(workload, target): 64 for workload in FULL for target in ("sm_80", "sm_89")},
     ("latent-decode-fp8_e4m3", "sm_90"): 64,
     ("prefill", "gfx942"): 32,
+    **{("prefill-unified", target): 32 for target in ("sm_80", "sm_89", "sm_90")},
+    ("prefill-unified", "gfx942"): 96,
     ("prefill-fp8_e4m3", "gfx942"): 80,
 }
 OPERANDS = {  # 8-bit numbers that the matrix units take as they stand

@@ -224,7 +224,8 @@ class PagedAttention(_Planned):
         }  # fmt: skip
 
     def unify(self, layer_offset: int, phi_H: Tensor | None) -> None:
-        """kernels/ops.PagedAttention.unify, for decode steps. A head without a phi keeps its layer online: it would walk twice."""
+        """kernels/ops.PagedAttention.unify, for what the library does not attend for. A head without a phi keeps its layer online: it would
+        walk twice."""
         if phi_H is None or (not phi_H.is_meta and phi_H.isnan().any()):
             self._phi.pop(layer_offset, None)
         else:
@@ -259,10 +260,11 @@ class PagedAttention(_Planned):
         if plan.num_decode:
             self._decode(layer_offset, qkv, out, plan, scales)
         if len(plan.tiles):
-            grid = (len(plan.tiles), self._shape(plan, self.prefill_tile)[0], 1)
+            grid, phi = (len(plan.tiles), self._shape(plan, self.prefill_tile)[0], 1), self._phi.get(layer_offset)
             kernels.paged_kernel[grid](
-                *self._inputs(layer_offset, qkv, plan, plan.tiles, scales, out), out, out.stride(0), out,
-                **self._shapes, **self._cut(self.prefill_tile), SCALED=scales is not None, PARTIAL=False, SPLITS=1, UNIFIED=False,
+                *self._inputs(layer_offset, qkv, plan, plan.tiles, scales, out if phi is None else phi), out, out.stride(0), out,
+                self.recomputed, **self._shapes, **self._cut(self.prefill_tile), SCALED=scales is not None, PARTIAL=False, SPLITS=1,
+                UNIFIED=phi is not None,
             )  # fmt: skip
         for first, last in plan.whole:
             self._by_library(qkv[first:last], out[first:last])
@@ -282,7 +284,7 @@ class PagedAttention(_Planned):
         phi, cut = self._phi.get(layer_offset), {**self._cut(self.decode_tile), "SCALED": scales is not None}
         kernels.paged_kernel[(plan.num_decode, blocks, splits)](
             *self._inputs(layer_offset, qkv, plan, plan.decode, scales, marks if phi is None else phi), parts, 0, marks,
-            **self._shapes, **cut, PARTIAL=True, SPLITS=splits, UNIFIED=phi is not None,
+            self.recomputed, **self._shapes, **cut, PARTIAL=True, SPLITS=splits, UNIFIED=phi is not None,
         )  # fmt: skip
         if phi is None:
             self._combine(plan, parts, marks, out, splits)

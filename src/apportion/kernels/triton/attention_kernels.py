@@ -195,8 +195,34 @@ def _unit(scales, index, UNIT: tl.constexpr, SCALED: tl.constexpr):
 
 
 @triton.jit
+def _made_safe(
+    sums, total, largest, q, q_stride, rows, heads, position, low, high, scale, arena, table, layer_words, kv_head, scales, recomputed,
+    D: tl.constexpr, DV: tl.constexpr, K_HEADS: tl.constexpr, LANES: tl.constexpr, MANTISSA: tl.constexpr, UNIT: tl.constexpr,
+    SCALED: tl.constexpr, BLOCK_SIZE: tl.constexpr, WINDOW: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr,
+    ROWS: tl.constexpr, COLUMNS: tl.constexpr, dtype: tl.constexpr,
+):  # fmt: skip
+    """(sums, total) under a unified maximum; where a row left the range, those of another walk, online. recomputed: int32 counter."""
+    SMALL: tl.constexpr = dtype == tl.float16
+    out_of_range = (largest >= (HIGH_16 if SMALL else HIGH)) | (largest < (LOW_16 if SMALL else LOW)) | (total != total)
+    bad = (position >= 0) & out_of_range
+    num_bad = tl.sum(bad.to(tl.int32), axis=0)
+    if num_bad > 0:
+        tl.atomic_add(recomputed, num_bad)
+        lowest, first, last, end = _range(low, high, 0, WINDOW, BLOCK_N, 1)
+        k_scale = scale * _unit(scales, kv_head, UNIT, SCALED)
+        queries = _queries(q, rows, q_stride, heads, position, k_scale, D, LANES, ROWS, dtype)
+        safe_sums, _, safe_total = _walk(
+            queries, arena, table, layer_words, kv_head, position, total, lowest, first, last, end,
+            D, DV, K_HEADS, LANES, MANTISSA, BLOCK_SIZE, WINDOW, BLOCK_M, BLOCK_N, ROWS, COLUMNS, False, dtype,
+        )  # fmt: skip
+        sums = tl.where(bad[:, None], safe_sums * _unit(scales, K_HEADS + kv_head, UNIT, SCALED), sums)
+        total = tl.where(bad, safe_total, total)
+    return sums, total
+
+
+@triton.jit
 def paged_kernel(
-    q, q_stride, arena, layer_words, scales, items, starts, seq_lens, table, table_stride, phi, scale, out, out_stride, marks,
+    q, q_stride, arena, layer_words, scales, items, starts, seq_lens, table, table_stride, phi, scale, out, out_stride, marks, recomputed,
     D: tl.constexpr, DV: tl.constexpr, K_HEADS: tl.constexpr, GROUP: tl.constexpr, LANES: tl.constexpr, MANTISSA: tl.constexpr,
     UNIT: tl.constexpr, SCALED: tl.constexpr, BLOCK_SIZE: tl.constexpr, WINDOW: tl.constexpr, HEADS: tl.constexpr, BLOCK_M: tl.constexpr,
     BLOCK_N: tl.constexpr, ROWS: tl.constexpr, COLUMNS: tl.constexpr, PARTIAL: tl.constexpr, SPLITS: tl.constexpr, UNIFIED: tl.constexpr,
@@ -230,6 +256,12 @@ def paged_kernel(
             tl.store(marks + part * 2, largest, mask=live)
             tl.store(marks + part * 2 + 1, total, mask=live)
         else:
+            if UNIFIED:
+                sums, total = _made_safe(
+                    sums, total, largest, q, q_stride, rows, heads, position, low, high, scale, arena,
+                    table + request.to(tl.int64) * table_stride, layer_words, kv_head, scales, recomputed, D, DV, K_HEADS, LANES, MANTISSA,
+                    UNIT, SCALED, BLOCK_SIZE, WINDOW, BLOCK_M, BLOCK_N, ROWS, COLUMNS, dtype,
+                )  # fmt: skip
             place = out + rows.to(tl.int64)[:, None] * out_stride + heads[:, None] * DV + columns[None, :]
             tl.store(place, (sums / total[:, None]).to(out.dtype.element_ty), mask=mask)
 
@@ -277,20 +309,11 @@ def unified_combine_kernel(
             sums += tl.load(parts + (part + split)[:, None] * DV + columns[None, :], mask=mask, other=0.0)
             largest = tl.maximum(largest, tl.load(marks + (part + split) * 2, mask=live, other=-float("inf")))
             total += tl.load(marks + (part + split) * 2 + 1, mask=live, other=0.0)
-        SMALL: tl.constexpr = dtype == tl.float16
-        bad = live & ((largest >= (HIGH_16 if SMALL else HIGH)) | (largest < (LOW_16 if SMALL else LOW)) | (total != total))
-        num_bad = tl.sum(bad.to(tl.int32), axis=0)
-        if num_bad > 0:
-            tl.atomic_add(recomputed, num_bad)
-            lowest, first, last, end = _range(low, high, 0, WINDOW, BLOCK_N, 1)
-            k_scale = scale * _unit(scales, kv_head, UNIT, SCALED)
-            queries = _queries(q, rows, q_stride, heads, position, k_scale, D, LANES, ROWS, dtype)
-            safe_sums, _, safe_total = _walk(
-                queries, arena, table + request.to(tl.int64) * table_stride, layer_words, kv_head, position, total, lowest, first, last,
-                end, D, DV, K_HEADS, LANES, MANTISSA, BLOCK_SIZE, WINDOW, BLOCK_M, BLOCK_N, ROWS, COLUMNS, False, dtype,
-            )  # fmt: skip
-            sums = tl.where(bad[:, None], safe_sums * _unit(scales, K_HEADS + kv_head, UNIT, SCALED), sums)
-            total = tl.where(bad, safe_total, total)
+        sums, total = _made_safe(
+            sums, total, largest, q, q_stride, rows, heads, position, low, high, scale, arena, table + request.to(tl.int64) * table_stride,
+            layer_words, kv_head, scales, recomputed, D, DV, K_HEADS, LANES, MANTISSA, UNIT, SCALED, BLOCK_SIZE, WINDOW, BLOCK_M, BLOCK_N,
+            ROWS, COLUMNS, dtype,
+        )  # fmt: skip
         place = out + rows.to(tl.int64)[:, None] * out_stride + heads[:, None] * DV + columns[None, :]
         tl.store(place, (sums / total[:, None]).to(out.dtype.element_ty), mask=mask)
 

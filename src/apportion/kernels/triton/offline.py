@@ -237,6 +237,7 @@ DEFAULT: dict[str, Workload] = {
     "decode-unified": _attention(1, unified=True),
     "decode-window": _attention(1, window=1024),
     "prefill": _attention(128),
+    "prefill-unified": _attention(128, unified=True),
     "decode-fp8_e4m3": _attention(1, unified=True, kv="fp8_e4m3"),
     "prefill-fp8_e4m3": _attention(128, kv="fp8_e4m3"),
     "latent-decode-fp8_e4m3": _latent(1, kv="fp8_e4m3"),
