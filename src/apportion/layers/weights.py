@@ -17,8 +17,8 @@ from apportion.kernels.reference.number_formats import convert, narrow
 from apportion.parallel.groups import ParallelGroup
 from apportion.quant.scheme import LinearRecord
 
-CHUNK_BYTES = 32 << 20  # a larger tensor is packed in pieces of about this size
-ROUNDED_CHUNK_BYTES = 2 << 20  # where it is quantized on the way: that takes about five times as much for a moment
+CHUNK_BYTES = 16 << 20  # a larger tensor is packed in pieces of about this size
+ROUNDED_CHUNK_BYTES = 1 << 20  # where it is quantized on the way: that takes about five times as much for a moment
 
 
 @dataclass(frozen=True, slots=True)

@@ -209,6 +209,7 @@ def _stream(checkpoint: Checkpoint, sources: Mapping[str, list[Source]], progres
                     part = tensor[source.index]
                     if part.numel():
                         source.load(part.contiguous())
+                        file.release(stored)  # each piece by itself: an embedding is larger than a layer
                 elif id(source) not in taken:
                     taken.add(id(source))
                     _load_joint(source, checkpoint)

@@ -51,7 +51,7 @@ def test_refusals(tmp_path):
 
 CONFIG = packers.CONFIG | {
     "hidden_size": 1024, "intermediate_size": 2816, "num_attention_heads": 16, "num_key_value_heads": 8, "num_hidden_layers": 4,
-    "vocab_size": 4096, "dtype": "bfloat16",
+    "vocab_size": 16384, "dtype": "bfloat16",
 }  # fmt: skip
 SHAPES = {
     "self_attn.q_proj": (1024, 1024), "self_attn.k_proj": (512, 1024), "self_attn.v_proj": (512, 1024), "self_attn.o_proj": (1024, 1024),
@@ -90,7 +90,8 @@ print(json.dumps([memory("VmHWM") - before, memory("RssAnon") + memory("RssShmem
 def folders(tmp_path_factory):
     root = tmp_path_factory.mktemp("peak")
     hidden = CONFIG["hidden_size"]
-    tensors = {"model.embed_tokens.weight": torch.zeros(4096, hidden), "lm_head.weight": torch.zeros(4096, hidden)}
+    vocab = CONFIG["vocab_size"]  # a table is larger than a layer
+    tensors = {"model.embed_tokens.weight": torch.zeros(vocab, hidden), "lm_head.weight": torch.zeros(vocab, hidden)}
     tensors["model.norm.weight"] = torch.ones(hidden)
     for layer in range(4):
         for norm in ("input_layernorm", "post_attention_layernorm"):
@@ -105,16 +106,18 @@ def folders(tmp_path_factory):
 @pytest.mark.skipif(not sys.platform.startswith("linux"), reason="reads /proc/self/status")
 @pytest.mark.parametrize("quantization", ["fp8", "fp8_block", "int8", "w4a16"])
 def test_memory_peaks_at_the_quantized_model_and_one_layer(folders, quantization):
-    """And what stays in memory is what the formats store, within 3 % and a huge page at either end."""
+    """And what stays in memory is what the formats store, within 3 %."""
     folder, small = folders
     done = subprocess.run(
         [sys.executable, "-c", MEASURE, str(folder), str(small), quantization], capture_output=True, text=True, timeout=300
     )
     assert done.returncode == 0, done.stderr[-2000:]
     peak, resident, nbytes = json.loads(done.stdout)
-    assert nbytes < {"w4a16": 0.4, "fp8": 0.6, "fp8_block": 0.6, "int8": 0.6}[quantization] * (folder / "model.safetensors").stat().st_size
+    tables = 2 * 2 * CONFIG["vocab_size"] * CONFIG["hidden_size"]  # in bfloat16
+    share = {"w4a16": 0.3, "fp8": 0.51, "fp8_block": 0.51, "int8": 0.51}[quantization]
+    assert nbytes - tables < share * ((folder / "model.safetensors").stat().st_size - tables)
     assert peak <= nbytes + LAYER_BYTES, f"{peak / 1e6:.0f} MB at the peak, {nbytes / 1e6:.0f} packed, {LAYER_BYTES / 1e6:.0f} a layer"
     fmt = Scheme.parse(online(quantization, "bfloat16").of("model.layers.0.mlp.up_proj").scheme).weight
     linears = sum(fmt.stored_bytes(*shape) for shape in SHAPES.values()) * CONFIG["num_hidden_layers"]
-    stored = linears + 2 * 2 * CONFIG["vocab_size"] * CONFIG["hidden_size"]  # two tables in bfloat16
-    assert abs(resident - stored) <= 0.03 * stored + 2 * (2 << 20), f"{resident / 1e6:.1f} MB resident, {stored / 1e6:.1f} stored"
+    stored = linears + tables
+    assert abs(resident - stored) <= 0.03 * stored, f"{resident / 1e6:.1f} MB resident, {stored / 1e6:.1f} stored"
