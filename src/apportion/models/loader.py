@@ -196,8 +196,7 @@ def _bind(layers: list[WeightLayer], manifest: Mapping[str, Any], arena: Arena) 
 def _stream(checkpoint: Checkpoint, sources: Mapping[str, list[Source]], progress: Progress) -> None:
     """In file order; tensors that belong together are taken when the first of them comes up."""
     taken: set[int] = set()
-    total = sum(checkpoint.tensors[name][1].nbytes for name in sources)
-    done = 0
+    done, total = 0, sum(checkpoint.tensors[name][1].nbytes for name in sources)
     progress(done, total)
     for file in checkpoint.files:
         for stored in file.tensors:
