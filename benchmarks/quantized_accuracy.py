@@ -174,13 +174,18 @@ def table(results: dict[str, Any]) -> str:
 
 
 def write_page() -> None:
-    """The tables of docs/quantization.md, from the newest results of every model."""
-    newest = {}
-    for path in sorted(RESULTS.glob("quantized_accuracy-*.json")):
-        results = json.loads(path.read_text())
-        newest[results["model"]] = results
-    text = "\n\n".join(map(table, newest.values()))
-    write_part(ROOT / "docs" / "quantization.md", "accuracy", "benchmarks/quantized_accuracy.py", text)
+    """The tables of docs/quantization.md, from all that was kept: one of each model, of each candidate the newest row."""
+    models: dict[str, dict[str, Any]] = {}
+    for path in sorted(RESULTS.glob("quantized_accuracy-*.json"), key=lambda path: path.stem[-10:]):
+        found = json.loads(path.read_text())
+        before = models.setdefault(found["model"], found)
+        rows = {row["name"]: row for row in before["rows"] + found["rows"]}
+        asked = found if found["num_items"] else before
+        models[found["model"]] = (
+            found | {key: asked[key] for key in ("num_items", "score_original")}
+            | {"rows": [rows[c.name] for c in CANDIDATES if c.name in rows], "gains": before["gains"] | found["gains"]}
+        )  # fmt: skip
+    write_part(ROOT / "docs" / "quantization.md", "accuracy", "benchmarks/quantized_accuracy.py", "\n\n".join(map(table, models.values())))
 
 
 def main() -> None:
@@ -191,6 +196,7 @@ def main() -> None:
     parser.add_argument("--num-samples", type=int, default=128, help="calibration sequences of 512 tokens")
     parser.add_argument("--retrieval-samples", type=int, default=200, help="of each task, length and depth; 0: none")
     parser.add_argument("--only", default=",".join(c.name for c in CANDIDATES), help="names of candidates, separated by commas")
+    parser.add_argument("--part", default="", help="what the results file is called beside the model, where a study takes several runs")
     parser.add_argument("--threads", type=int, default=2)
     parser.add_argument("--write", action="store_true", help="keep the results in benchmarks/results and write the page's tables")
     parser.add_argument("--table", action="store_true", help="write the page's tables from what was kept, and measure nothing")
@@ -202,7 +208,7 @@ def main() -> None:
     wanted = [candidate for candidate in CANDIDATES if candidate.name in args.only.split(",")]
     name = f"{args.model.parent.name}-{args.model.name}"
     about = {"model": name, "command": " ".join(["python", *sys.argv]), "machine": machine()}
-    path = RESULTS / f"quantized_accuracy-{name}-{datetime.date.today().isoformat()}.json"
+    path = RESULTS / f"quantized_accuracy-{name}{args.part and '-' + args.part}-{datetime.date.today().isoformat()}.json"
     rows, found = [], {}
     with tempfile.TemporaryDirectory() as folder:
         study = Study(args, Path(folder))

@@ -59,7 +59,7 @@ def quantize_checkpoint(
     layers = cast(list[DecoderLayer], list(loaded.model.layers))  # type: ignore[attr-defined]
     found = [list(projections(layer)) for layer in layers]
     names = [p.name for layer in found for p in layer]
-    schemes = recipe.schemes(names, source.linears(), source.spec.dtype)
+    schemes = recipe.schemes(names, source.linears(), source.spec.dtype, source.published)
     if recipe.needs_tokens(schemes) and not tokens:
         asked = f"{recipe.method} to {_listed(scheme.name for scheme, _ in schemes.values())}"
         raise InvalidParameter(f"{asked} needs calibration text: give `calibration` (on the command line --calibration FILE)")

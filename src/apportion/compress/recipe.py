@@ -6,7 +6,7 @@ It knows names, schemes and methods; it must not know tensors.
 from __future__ import annotations
 
 import re
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -49,10 +49,11 @@ class Step:
     rounding: str = "nearest"
     damping: float = DAMPING
 
-    def takes(self, name: str) -> bool:
+    def takes(self, *names: str) -> bool:
+        """names: by which the one projection goes."""
         ignored = names_pattern(self.ignore)
-        named = any(target == "Linear" or re.match(target_pattern(target), name) for target in self.targets)
-        return named and not (ignored and re.match(ignored, name))
+        named = any(target == "Linear" or re.match(target_pattern(target), name) for target in self.targets for name in names)
+        return named and not (ignored and any(re.match(ignored, name) for name in names))
 
 
 @dataclass(frozen=True, slots=True)
@@ -89,20 +90,23 @@ class Recipe:
         static = any(scheme.activation is not None and scheme.activation.scale == "static" for scheme, _ in schemes.values())
         return self.needs_hessian or bool(self.moving) or self.kv_cache or static
 
-    def schemes(self, names: Sequence[str], linears: Sequence[str], dtype: str) -> dict[str, tuple[Scheme, Step]]:
+    def schemes(
+        self, names: Sequence[str], linears: Sequence[str], dtype: str, published: Callable[[str], str] = str
+    ) -> dict[str, tuple[Scheme, Step]]:
         """The scheme and step of each projection that is quantized. names: of those that can be; linears: of all that the checkpoint
-        has. Errors: InvalidParameter for what has no meaning together, and for an entry that names no linear."""
+        has; published: what a recipe may call them, too. Errors: InvalidParameter for what has no meaning together, and for an entry that
+        names no linear."""
         if self.family not in FAMILIES:
             raise InvalidParameter(f"unknown format {self.family!r}; known: {', '.join(FAMILIES)}")
         parsed = [(self._parsed(step, dtype), step) for step in self.steps]
         for step in self.steps:
             for entry in {*step.targets, *step.ignore} - {"Linear"}:
                 pattern = names_pattern([entry]) if entry in step.ignore else target_pattern(entry)
-                if not any(re.match(pattern, name) for name in {*names, *linears}):
+                if not any(re.match(pattern, spelt) for name in {*names, *linears} for spelt in (name, published(name))):
                     raise InvalidParameter(f"the recipe names {entry!r}, and no linear of the model is called so")
         found = {}
         for name in names:
-            if (taken := next((pair for pair in parsed if pair[1].takes(name)), None)) is not None:
+            if (taken := next((pair for pair in parsed if pair[1].takes(name, published(name))), None)) is not None:
                 found[name] = taken
         return found
 

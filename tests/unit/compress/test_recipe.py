@@ -172,3 +172,13 @@ def test_the_page_shows_the_report(tmp_path, capsys):
     assert sum(tag == "circle" for tag, _ in page.tags) == len(report["projections"])
     assert f"{report['evaluation']['metrics']['nll_difference']['value']:.3g}" in page.words
     assert not [attrs for _, attrs in page.tags if {"src", "href"} & attrs.keys()]
+
+
+def test_projections_go_by_their_published_names_too(tmp_path):
+    """As recipes for Mixtral are written: by the names of the files, which are not those of the family's other models."""
+    source = packers.write_mixtral(tmp_path / "source")
+    ignored = '["lm_head", "re:.*block_sparse_moe.gate", "re:.*experts.0.w2", "model.layers.1.mlp.experts.3.up_proj"]'
+    recipe = written(tmp_path, f"q_stage: {{q_modifiers: {{QuantizationModifier: {{ignore: {ignored}, scheme: FP8_DYNAMIC}}}}}}")
+    quantize(str(source), tmp_path / "out", recipe=recipe)
+    float_ones = {name for name, scheme in stored_as(tmp_path / "out").items() if scheme == "float32" and ".experts." in name}
+    assert float_ones == {*(f"model.layers.{i}.mlp.experts.0.down_proj" for i in range(2)), "model.layers.1.mlp.experts.3.up_proj"}
