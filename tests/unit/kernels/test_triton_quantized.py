@@ -7,7 +7,7 @@ import torch
 
 from apportion.core.errors import Unsupported
 from apportion.core.number_format import NumberFormat, Scheme
-from apportion.kernels.interval_table import LIBRARY
+from apportion.kernels.interval_table import LIBRARY, Choice
 from apportion.kernels.ops import ExpertsSpec, LinearSpec
 from apportion.kernels.reference.number_formats import FLOAT8, quantize, quantize_activation
 
@@ -115,3 +115,10 @@ def test_experts_that_cannot_share_their_tokens_are_refused(scheme, reason):
 
     with pytest.raises(Unsupported, match=f"{scheme} have no grouped Triton kernel.* {reason}; take device=cpu"):
         TritonOps(True, torch.device("cpu"), 1 << 20).experts(ExpertsSpec(2, 64, 64, ((scheme,) * 3,)))
+
+
+@pytest.mark.parametrize("scheme", ["e4m3_channel@e4m3_token", "int8_g32@int8_token", "e4m3_b128x128@e4m3_g128"])
+def test_parts_of_the_inputs_are_added(scheme):
+    x = torch.randn(3, 1100, generator=torch.Generator().manual_seed(6))
+    parts, whole = (made(scheme, 40, 1100, lambda _, splits=splits: Choice("flat", 0, splits))(x) for splits in (4, 1))
+    torch.testing.assert_close(parts, whole, rtol=1e-5, atol=1e-4)

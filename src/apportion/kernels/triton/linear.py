@@ -24,6 +24,7 @@ from apportion.kernels.triton.elementwise import silu_mul
 from apportion.kernels.triton.tiles import MOST_ROWS, Tile
 
 SPLITS = (1, 2, 4, 8)
+SHORTEST = 512
 
 
 @triton.jit
@@ -98,9 +99,9 @@ def flat(x: Tensor, weight: Tensor, bias: Tensor | None, out: Tensor, splits: in
 
 
 def choose_splits(n: int, c: int, multiprocessors: int, tile: Tile) -> int:
-    """Parts of C that bring the programs near two to a multiprocessor, none shorter than four tiles."""
-    programs = triton.cdiv(n, tile.n)
-    return max(s for s in SPLITS if s == 1 or (programs * s <= 2 * multiprocessors and c >= s * 4 * tile.k))
+    """Parts of C that bring the programs near two to a multiprocessor, none shorter than four tiles and SHORTEST inputs."""
+    programs, least = triton.cdiv(n, tile.n), max(4 * tile.k, SHORTEST)
+    return max(s for s in SPLITS if s == 1 or (programs * s <= 2 * multiprocessors and c >= s * least))
 
 
 class TritonLinear(ReferenceLinear):
