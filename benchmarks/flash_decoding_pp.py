@@ -27,8 +27,8 @@ CONTEXTS = (1024, 4096, 16384)
 SHAPES = {  # of bench-250m: qkv, o, gate and up, down
     "qkv_proj": (1536, 1024), "o_proj": (1024, 1024), "gate_up_proj": (5632, 1024), "down_proj": (1024, 2816),
 }  # fmt: skip
-SCHEMES = ("bfloat16", "float16", "float32")  # with two ways on avx512bf16
-HELD_OUT = (5, 7, 10, 11)  # measured apart, after the rule was learned
+SCHEMES = ("bfloat16", "float16", "float32", "e4m3_channel@e4m3_token", "int4_g128")  # with two ways on avx512bf16
+HELD_OUT = (5, 7, 10, 11, 20, 28)  # measured apart, after the rule was learned
 NUM_LAYERS = 4  # in turn, so that a layer's KV is not in a cache again
 SECONDS = 0.5  # of a comparison
 
@@ -100,10 +100,10 @@ def linears(num_threads: int) -> list[dict[str, Any]]:
     for scheme in SCHEMES:
         for name, (n, c) in SHAPES.items():
             spec = LinearSpec(n, c, scheme)
-            rule = learn(lambda tokens, spec=spec: measure(ops, spec, tokens, library=False), [t for t in TOKENS if t <= 16])
-            for t, us in measure(ops, spec, sorted({*HELD_OUT, 1, 2, 3, 4, 6, 8, 12, 16}), library=scheme == "bfloat16").items():
+            rule = learn(lambda tokens, spec=spec: measure(ops, spec, tokens, library=False), [t for t in TOKENS if t <= 48])
+            for t, us in measure(ops, spec, sorted({*HELD_OUT, *TOKENS[:9]}), library=scheme == "bfloat16").items():
                 chosen, best = us[rule.at(t).kernel], min(us["flat"], us.get("gemv", us["flat"]))
-                held_out = t in HELD_OUT and str(t) not in rule.us
+                held_out = t in HELD_OUT and str(t) not in rule.us and "gemv" in us  # else there is nothing to choose
                 rows.append(
                     {
                         "scheme": scheme, "name": name, "n": n, "c": c, "tokens": t, "us": us, "chosen": rule.at(t).kernel,

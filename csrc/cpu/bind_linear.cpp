@@ -25,7 +25,7 @@ class Linear {
     up_ = w_;
   }
 
-  int gemv_rows() const { return kernels_->gemv_rows(w_.dtype()); }
+  int gemv_rows() const { return kernels_->gemv_rows(w_); }
   void set_gemv(uint64_t rows) { w_.gemv = up_.gemv = rows; }
   int64_t nbytes() const { return (bias_start() + bias_bytes() + w_.extra_bytes() + 255) / 256 * 256; }
   int64_t bias_start() const { return num_matrices() * w_.nbytes(); }

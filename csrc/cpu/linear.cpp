@@ -11,11 +11,12 @@ namespace {
 
 // ---- multiply ---------------------------------------------------------------------------------------------------------------
 
-int gemv_rows([[maybe_unused]] DType dtype) {
+int gemv_rows(const PackedMatrix& w) {
+  if (w.format.rounding.kind == Rounding::INTEGER && multiplies_bytes(w)) return 0;
 #if defined(__AMX_BF16__)
-  return dtype == DType::BF16 || is_quantized(dtype) ? 0 : DIRECT_ROWS;
+  return uses_tiles(w) ? 0 : DIRECT_ROWS;
 #elif defined(__AVX512BF16__)
-  return is_quantized(dtype) ? 0 : dtype == DType::BF16 ? DOT_ROWS_ONCE : DIRECT_ROWS;
+  return is_quantized(w.dtype()) ? CODE_ROWS_ONCE : w.dtype() == DType::BF16 ? DOT_ROWS_ONCE : DIRECT_ROWS;
 #else
   return DIRECT_ROWS;
 #endif

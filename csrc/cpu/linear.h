@@ -91,7 +91,7 @@ struct PackedMatrix {
 // Two ways through a panel, of one order of sums: as a GEMV, every number widened in registers where it is multiplied, or flat, a block
 // of channels widened once, into L1, for all rows. Which is faster for how many rows is measured (PackedMatrix::gemv).
 struct LinearKernels {
-  int (*gemv_rows)(DType dtype);  // most rows of a GEMV; 0: there is one way through this number format
+  int (*gemv_rows)(const PackedMatrix& w);  // most rows of a GEMV; 0: there is one way through such a matrix
   // y[rows, N] = x[rows, C] w^T + bias; x and y have row strides in floats.
   void (*multiply)(ThreadTeam& team, const PackedMatrix& w, const float* x, int64_t x_stride, float* y, int64_t y_stride, int64_t rows);
   // y[rows, N] = silu(x gate^T + bias) * (x up^T + bias), gate and up of one shape and dtype.

@@ -155,14 +155,12 @@ void multiply_quantized(const PackedMatrix& w, int64_t p, const Rows& rows, floa
 #elif !defined(__AMX_BF16__)
 // ---- dot products of bf16 pairs -----------------------------------------------------------------------------------------------
 
-constexpr int64_t FEW_ROWS = 32;
-
 template <DType D>
 void multiply_quantized(const PackedMatrix& w, int64_t p, const Rows& rows, float* y, int64_t y_stride, CodeScratch& scratch) {
   const int64_t depth = w.depth(), group = scaled_together(w);
   const PanelScales scales(w, p);
   const std::byte* codes = w.codes(p);
-  if (rows.count <= FEW_ROWS) {  // unpacked in registers, for every 8 to 12 rows again
+  if (w.is_gemv(rows.count, CODE_ROWS_ONCE)) {  // unpacked in registers, for every 8 to 12 rows again
     in_dot_groups(rows.tiles, depth, 0, rows.count, rows.count, 0, [&](int64_t row, int n, const uint16_t* x, int64_t x_stride) {
       for (int64_t k = 0; k < depth; k += group) {
         multiply_code_dot_rows<Codes<D>>({.x = x + k / TILE_K * x_stride, .x_stride = x_stride, .weights = codes + k / STEP * Codes<D>::STEP_BYTES,

@@ -7,6 +7,7 @@ namespace apportion::APPORTION_ISA {
 constexpr int64_t ROW_BLOCK = 16;  // rows copied by one work item; those of a tile
 constexpr int DOT_ROWS = 8;        // two vectors each: 16 sums hide the latency of two products a cycle
 constexpr int DOT_ROWS_ONCE = 12;  // that one pass over the weights takes from memory
+constexpr int CODE_ROWS_ONCE = 32; // whose codes may be unpacked in registers, for every 8 to 12 rows again
 constexpr int64_t CODES_AHEAD = 8192;  // bytes between the codes that are multiplied and those that are fetched
 
 // f(first row, rows, rows of their block) for rows first .. last of `all`, in groups that lie within one block.

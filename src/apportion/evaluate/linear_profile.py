@@ -36,7 +36,8 @@ def linears_of(folder: Path, ops: Ops, scheme: str = "") -> list[LinearSpec]:
     """The distinct linears of a model, without biases; in `scheme` instead of their own where one is given."""
     model = cast(nn.Module, load_model(ModelConfig(model=str(folder)), read_spec(folder), ops).model)
     found = [part for module in model.modules() if isinstance(module, Linear) for part in module.specs]
-    return list(dict.fromkeys(LinearSpec(s.out_features, s.in_features, scheme or s.scheme, gated=s.gated) for s in found))
+    gates = not scheme or Scheme.parse(scheme).weight.is_float
+    return list(dict.fromkeys(LinearSpec(s.out_features, s.in_features, scheme or s.scheme, gated=s.gated and gates) for s in found))
 
 
 def _copies(ops: Ops, spec: LinearSpec) -> list[PackedLinear]:
@@ -95,7 +96,7 @@ def measure(
         masks = {"flat": 0} | ({"gemv": 1 << (t - 1)} if t <= made[0].gemv_rows else {})
         found[t] = _medians([{name: _forced(op, mask, x, out) for name, mask in masks.items()} for op in made], rounds)
         if library:
-            found[t] |= _medians([{"library": _library(x, w)} for w in peers], rounds)
+            found[t] |= _medians([{"library": _library(x, w)} for w in peers], -(-rounds // 5))  # nothing is chosen by it
     return found
 
 

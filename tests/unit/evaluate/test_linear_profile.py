@@ -38,10 +38,12 @@ def test_every_way_is_timed_and_the_library_is_never_chosen(ops, monkeypatch):
     assert found.us["1"]["library"] == 0.1
 
 
-@pytest.mark.parametrize("scheme", ["float32", "bfloat16", "float16", "int4_g32", "e4m3_channel"])
+@pytest.mark.parametrize(
+    "scheme", ["float32", "bfloat16", "float16", "int4_g32", "e4m3_channel", "e4m3_b128x128@e4m3_g128", "int8_channel@int8_token"]
+)
 def test_no_choice_changes_a_bit(ops, scheme):
     op = made(ops, scheme, 70, 300)[0] if "_" in scheme else linear(ops, 70, 300, scheme)[0]
-    assert op.gemv_rows in (0, 1, 2, 12) and (op.gemv_rows or scheme not in ("float32", "float16"))
+    assert op.gemv_rows in (0, 1, 2, 12, 32) and (op.gemv_rows or scheme not in ("float32", "float16"))
     for rows in range(1, op.gemv_rows + 2):
         x, found = torch.randn(rows, 300), []
         for gemv in (0, (1 << op.gemv_rows) - 1):
