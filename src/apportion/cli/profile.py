@@ -21,7 +21,11 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--num-tokens", type=int, default=65536, metavar="N", help="of the text, at most (default: 65536)")
     parser.add_argument("--max-seq-len", type=int, default=1024, metavar="N", help="tokens of a sequence (default: 1024)")
     parser.add_argument(
-        "--scheme", help="of the linear to explain (default: bfloat16), or to measure the model's linears in (default: their own)"
+        "--scheme",
+        nargs="+",
+        default=[],
+        metavar="S",
+        help="of the linear to explain (default: bfloat16), or to measure the model's linears in (default: their own)",
     )
     parser.add_argument("--num-threads", type=int, metavar="N", help="compute threads (default: the cores at hand)")
     parser.add_argument("--rounds", type=int, default=15, metavar="N", help="interleaved, of which the median counts (default: 15)")
@@ -70,7 +74,7 @@ def _linear(args: argparse.Namespace) -> int:
     from apportion.models.checkpoint import resolve_folder
 
     ops = make_ops(args.num_threads)
-    specs = linears_of(resolve_folder(args.model or str(DEFAULT_MODEL)), ops, args.scheme or "")
+    specs = linears_of(resolve_folder(args.model or str(DEFAULT_MODEL)), ops, args.scheme)
     table = profile_linears(ops, specs, args.rounds, _progress(args, "linear"))
     output = args.output or shipped_path(table.device)
     output.parent.mkdir(parents=True, exist_ok=True)
@@ -87,8 +91,9 @@ def _explain(args: argparse.Namespace) -> int:
     from apportion.core.number_format import Scheme
 
     m, n, k = args.explain
-    scheme = Scheme.parse(args.scheme or "bfloat16").name
-    print(make_ops(args.num_threads).explain(scheme, n, k, m))
+    ops = make_ops(args.num_threads)
+    for scheme in args.scheme or ["bfloat16"]:
+        print(ops.explain(Scheme.parse(scheme).name, n, k, m))
     return 0
 
 

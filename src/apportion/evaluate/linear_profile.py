@@ -32,12 +32,16 @@ MOST_COPIES = 64  # a linear smaller than that share lies in a cache in a step t
 ROUNDS = 15
 
 
-def linears_of(folder: Path, ops: Ops, scheme: str = "") -> list[LinearSpec]:
-    """The distinct linears of a model, without biases; in `scheme` instead of their own where one is given."""
+def linears_of(folder: Path, ops: Ops, schemes: Sequence[str] = ()) -> list[LinearSpec]:
+    """The distinct linears of a model, without biases; in each of `schemes` instead of their own where any are given."""
     model = cast(nn.Module, load_model(ModelConfig(model=str(folder)), read_spec(folder), ops).model)
     found = [part for module in model.modules() if isinstance(module, Linear) for part in module.specs]
-    gates = not scheme or Scheme.parse(scheme).weight.is_float
-    return list(dict.fromkeys(LinearSpec(s.out_features, s.in_features, scheme or s.scheme, gated=s.gated and gates) for s in found))
+    return list(dict.fromkeys(_plain(part, scheme) for scheme in schemes or ("",) for part in found))
+
+
+def _plain(spec: LinearSpec, scheme: str) -> LinearSpec:
+    gated = spec.gated and Scheme.parse(scheme or spec.scheme).weight.is_float
+    return LinearSpec(spec.out_features, spec.in_features, scheme or spec.scheme, gated=gated)
 
 
 def _copies(ops: Ops, spec: LinearSpec) -> list[PackedLinear]:
