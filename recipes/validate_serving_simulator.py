@@ -38,8 +38,8 @@ from apportion.simulator.serving import Row, StepFit
 LOADS = (0.3, 0.5, 0.7)  # of the capacity
 PARTS = 4
 CROWD = 64  # requests at once, to measure it
-CALIBRATION_LOAD = 0.6
-BATCHES = (2, 6)
+CALIBRATION_LOAD = 0.8
+BATCHES = (2, 6, 12)
 PROMPT, OUTPUT = (32, 256), (8, 48)  # tokens, evenly drawn
 KV_BYTES = 256 << 20
 IDLE_S = 2e-3  # the engine waited for work, not for itself
@@ -127,12 +127,12 @@ class Bench:
         gc.collect()
         gc.freeze()
 
-    def calibrate(self, seed, rate, seconds) -> StepFit:
-        """Batches, and traffic."""
+    def calibrate(self, seed, rate, seconds) -> list[tuple[list[Row], float]]:
+        """Steps of traffic, and of batches."""
         steps = self.really(drawn(max(8, round(rate * seconds)), rate, 1000 * seed, self.vocab))[1]
         for count in BATCHES:
             steps += self.really(drawn(count, 0.0, 1000 * seed + count, self.vocab))[1]
-        return StepFit.of(steps)
+        return steps
 
 
 def percentiles(latencies):
@@ -140,21 +140,35 @@ def percentiles(latencies):
     return {f"p{q}": ordered[min(len(ordered) - 1, round(q / 100 * (len(ordered) - 1)))] for q in (50, 99)}
 
 
-def step_errors(served):
-    """served: (fit, steps) of each part. Of single steps; of their sum; and how far a step is from the median of those that decode as many
-    requests: what no model can tell."""
-    pairs = [(fit.step(rows).seconds, seconds) for fit, steps in served for rows, seconds in steps]
-    errors = [abs(predicted / seconds - 1) for predicted, seconds in pairs]
-    alike = defaultdict(list)
-    for rows, seconds in (step for _, steps in served for step in steps):
+def decodes(steps):
+    """number of requests -> seconds of each step that only decodes so many"""
+    found = defaultdict(list)
+    for rows, seconds in steps:
         if all(row.tokens == 1 for row in rows):
-            alike[len(rows)].append(seconds)
-    noise = [abs(statistics.median(times) / s - 1) for times in alike.values() if len(times) > 4 for s in times]
+            found[len(rows)].append(seconds)
+    return {count: times for count, times in found.items() if len(times) > 4}
+
+
+def step_errors(parts):
+    """parts: (fit, steps it was made from, steps served). Of single steps and of their sum. noise: how far a served step is from the median of
+    those that decode as many requests; drift: how far that median is from the same one of the calibration, just before: neither is the
+    model's."""
+    pairs = [(fit.step(rows).seconds, seconds) for fit, _, served in parts for rows, seconds in served]
+    errors = [abs(predicted / seconds - 1) for predicted, seconds in pairs]
+    noise, drift = [], []
+    for _, seen, served in parts:
+        before = decodes(seen)
+        for count, times in decodes(served).items():
+            typical = statistics.median(times)
+            noise += [abs(typical / seconds - 1) for seconds in times]
+            if count in before:
+                drift += [abs(statistics.median(before[count]) / typical - 1)] * len(times)
     return {
         "step_error": statistics.mean(errors),
         "median_step_error": statistics.median(errors),
         "sum_of_steps_error": sum(p for p, _ in pairs) / sum(s for _, s in pairs) - 1,
-        "noise_of_like_decode_steps": statistics.mean(noise) if noise else None,
+        "noise": statistics.mean(noise),
+        "drift": statistics.mean(drift),
     }
 
 
@@ -166,12 +180,13 @@ def cores_of_others():
 
 def one_load(bench, load, capacity, seconds):
     """The machine's speed drifts within seconds, so traffic comes in parts, each calibrated and predicted just before it is served."""
-    rate, served = load * capacity, []
+    rate, parts = load * capacity, []
     predicted, rounds, busy, beyond = [], ([], []), [], 0
     others, begun = cores_of_others(), time.perf_counter()
     for part in range(PARTS):
         seed = round(100 * load) + part
-        fit = bench.calibrate(1000 + seed, CALIBRATION_LOAD * capacity, seconds / PARTS / 2)
+        seen = bench.calibrate(1000 + seed, CALIBRATION_LOAD * capacity, seconds / PARTS / 2)
+        fit = StepFit.of(seen)
         arrivals = [drawn(max(4, round(rate * seconds / PARTS)), rate, seed, bench.vocab, text) for text in (0, 1)]
         day = bench.simulated(arrivals[0], fit)
         predicted += [s.latency for s in day.served]
@@ -180,11 +195,11 @@ def one_load(bench, load, capacity, seconds):
         for latencies, each in zip(rounds, arrivals, strict=True):
             found, steps = bench.really(each)
             latencies += found
-            served.append((fit, steps))
-    row = {"load": load, "requests_per_s": rate, "requests": len(predicted), "steps": sum(len(steps) for _, steps in served)}
+            parts.append((fit, seen, steps))
+    row = {"load": load, "requests_per_s": rate, "requests": len(predicted), "steps": sum(len(steps) for _, _, steps in parts)}
     row |= {"predicted_busy": statistics.mean(busy), "extrapolated": beyond, "spread": fit.spread}
     row |= {"cores_used_by_others": (cores_of_others() - others) / (time.perf_counter() - begun)}
-    row |= {"predicted_s": percentiles(predicted), "measured_s": [percentiles(latencies) for latencies in rounds]} | step_errors(served)
+    row |= {"predicted_s": percentiles(predicted), "measured_s": [percentiles(latencies) for latencies in rounds]} | step_errors(parts)
     for key, value in row["predicted_s"].items():
         first, second = (m[key] for m in row["measured_s"])
         row |= {f"{key}_error": 2 * value / (first + second) - 1, f"{key}_rounds_differ": 2 * abs(first - second) / (first + second)}

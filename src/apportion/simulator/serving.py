@@ -281,8 +281,9 @@ def _fitted(x: npt.NDArray[np.float64], y: npt.NDArray[np.float64]) -> npt.NDArr
 
 def _non_negative(x: npt.NDArray[np.float64], y: npt.NDArray[np.float64], unit: npt.NDArray[np.float64]) -> npt.NDArray[np.float64]:
     """Least squares of (x . weights - y) / unit with weights of at least zero: negative ones are dropped, worst first."""
-    rows, kept = x / unit[:, None], list(range(x.shape[1]))
+    rows = x / unit[:, None]
     scale = rows.max(0)
+    kept = [i for i in range(x.shape[1]) if scale[i] > 0]
     while True:
         found = np.linalg.lstsq(rows[:, kept] / scale[kept], y / unit, rcond=None)[0]
         if (found >= 0).all() or len(kept) == 1:
