@@ -150,9 +150,11 @@ def decodes(steps):
 
 
 def step_errors(parts):
-    """parts: (fit, steps it was made from, steps served). Of single steps and of their sum. noise: how far a served step is from the median of
-    those that decode as many requests; drift: how far that median is from the same one of the calibration, just before: neither is the
-    model's."""
+    """parts: (fit, steps it was made from, steps served). Of single steps and of their sum.
+
+    noise: how far a served step is from the median of those that decode as many requests; drift: how far that median is from the same one
+    of the calibration, just before. Neither is the model's.
+    """
     pairs = [(fit.step(rows).seconds, seconds) for fit, _, served in parts for rows, seconds in served]
     errors = [abs(predicted / seconds - 1) for predicted, seconds in pairs]
     noise, drift = [], []
