@@ -10,9 +10,12 @@ from __future__ import annotations
 import argparse
 import json
 import os
+import subprocess
+import sys
 import time
 from pathlib import Path
 
+from apportion.platforms.cpu import processor_name
 from apportion.simulator import presets
 from apportion.simulator.compiler import compile
 from apportion.simulator.cost.measured import Measured, MeasuredCollectives
@@ -68,9 +71,10 @@ def main():
     rows[name] = {"seconds": seconds * 1e4 / len(graph.tasks), "tasks": len(graph.tasks), "to_reach": TO_REACH[name]}
     for name, row in rows.items():
         print(f"{name}: {row['seconds']:.2f} s ({row['tasks']} tasks), to reach {row['to_reach']} s")
-    args.out.write_text(
-        json.dumps({"cores": os.cpu_count(), "when": time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime()), **rows}, indent=1) + "\n"
-    )
+    commit = subprocess.run(["git", "describe", "--always", "--dirty"], capture_output=True, text=True, check=True).stdout.strip()
+    about = {"machine": {"processor": processor_name(), "cores": os.cpu_count()}, "commit": commit, "command": " ".join(sys.argv)}
+    about["when"] = time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime())
+    args.out.write_text(json.dumps(about | rows, indent=1) + "\n")
 
 
 if __name__ == "__main__":

@@ -216,7 +216,8 @@ def capped(out):
         rows.append({"case": f"{model} {strategy}", "cap": share, "predicted": expected, "real": real})
         print(f"{model} {strategy} at {share:.0%} of the prediction: {real}", flush=True)
     right = sum(row["predicted"] == row["real"] for row in rows)
-    out.write_text(json.dumps({"machine": machine(), "when": now(), "right": right, "of": len(rows), "rows": rows}, indent=1) + "\n")
+    about = {"machine": machine(), "when": now(), "commit": commit(), "command": "python recipes/validate_simulator.py capped"}
+    out.write_text(json.dumps(about | {"right": right, "of": len(rows), "rows": rows}, indent=1) + "\n")
     print(f"{right} of {len(rows)} verdicts are right")
 
 
@@ -227,6 +228,11 @@ def machine():
 
     model = next((line.split(":")[1].strip() for line in open("/proc/cpuinfo", encoding="utf-8") if line.startswith("model name")), "")
     return {"processor": model, "cores": os.cpu_count(), "python": platform.python_version(), "torch": torch.__version__}
+
+
+def commit():
+    found = subprocess.run(["git", "describe", "--always", "--dirty"], cwd=ROOT, capture_output=True, text=True, check=False)
+    return found.stdout.strip() or "unknown"
 
 
 def now():
