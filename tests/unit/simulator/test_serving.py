@@ -94,6 +94,23 @@ def test_a_fit_finds_what_made_the_steps():
         StepFit.of([(batch, 1.0) for batch in rows[:3]])
 
 
+def test_a_fit_of_noisy_steps_is_their_mean():
+    """Not below it, as least squares of errors relative to the measured times would be: here by a quarter."""
+    import random
+
+    draw = random.Random(1)
+    batches = [[Row(1, 100)] * n for n in (1, 2, 4, 8) for _ in range(500)] + [
+        [Row(t, 0, samples=False)] for t in (64, 128) for _ in range(500)
+    ]
+    steps = [(batch, (1e-3 + 2e-5 * sum(r.tokens for r in batch)) * draw.choice((0.6, 1.4))) for batch in batches]
+    fit = StepFit.of(steps)
+    for rows in ([Row(1, 100)], [Row(1, 100)] * 8, [Row(128, 0, samples=False)]):
+        assert fit.step(rows).seconds == pytest.approx(1e-3 + 2e-5 * sum(r.tokens for r in rows), rel=0.05)
+    assert 0.3 < fit.spread < 0.7
+    only_prompts = [step for step in steps if not step[0][0].samples]
+    assert StepFit.of(only_prompts).step(only_prompts[0][0]).seconds > 0
+
+
 def test_one_request_takes_its_steps():
     """A prompt of 100 in chunks of 64: two steps; then a step per further token."""
     day = serve([Arrival(0.0, 100, 5)], LLAMA, Fixed(0.01), 2**30, scheduler=SchedulerConfig(max_num_batched_tokens=64))
