@@ -242,7 +242,7 @@ def now():
 def report(folder):
     from recipes.simulator.report import write_report
 
-    write_report(folder)
+    write_report(folder, commit())
 
 
 def main():

@@ -22,7 +22,7 @@ MODES = {
 }
 
 
-def write_report(folder):
+def write_report(folder, commit):
     predicted, measured, calibration = (
         json.loads((folder / f"simulator-{name}.json").read_text()) for name in ("predictions", "measurements", "calibration")
     )
@@ -33,6 +33,7 @@ def write_report(folder):
                          "peak": max(measured["steps"]["peak " + name]), **p})  # fmt: skip
     summary = summarise(rows)
     when = {"machine": calibration["machine"], "predicted": predicted["when"], "measured": measured["slices"]}
+    when["commit"] = commit
     when["command"] = "python recipes/validate_simulator.py calibrate | predict | measure | report"
     (folder / "simulator-real-runs.json").write_text(json.dumps({"summary": summary, **when, "rows": rows}, indent=1) + "\n")
     (folder / "simulator-real-runs.md").write_text(page(rows, summary, predicted, measured, calibration))
