@@ -32,7 +32,7 @@ class WeightGradients:
     done: dict[str, list[Value]] = field(default_factory=dict)
     _terms: dict[tuple[str, int | None], dict[str, Value]] = field(default_factory=lambda: defaultdict(dict))
     _arrived: dict[tuple[str, int | None], int] = field(default_factory=lambda: defaultdict(int))
-    _reduced: dict[str, list[Value]] = field(default_factory=dict)  # of the micro-batch under way, to be added to `done`
+    _reduced: dict[str, list[Value]] = field(default_factory=dict)  # of the latest micro-batch, still to be added to `done`
 
     def add(self, tensor: str, source: str, value: Value, micro_batch: int) -> None:
         """One more term, from the operator `source`; with the last one the gradient is reduced."""
