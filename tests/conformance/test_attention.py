@@ -155,8 +155,10 @@ def test_paged_attention_rotates_and_normalizes(make_ops, reference, capability,
     compare_paged(make_ops, reference, capability, paged_spec("gqa", "float32", **options), steps, norms)
 
 
-def test_paged_attention_crosses_partitions(make_ops, reference, capability, kv_dtype, interpreted):
-    steps = ([2, 260], [1, 1]) if interpreted else ([PARTITION_LEN - 2, 2 * PARTITION_LEN + 5], [5, 1])
+def test_paged_attention_crosses_partitions(make_ops, reference, capability, kv_dtype, interpreted, monkeypatch):
+    if interpreted:
+        monkeypatch.setattr("apportion.kernels.triton.attention.SPLIT_LEN", 64)
+    steps = ([2, 70], [1, 1]) if interpreted else ([PARTITION_LEN - 2, 2 * PARTITION_LEN + 5], [5, 1])
     compare_paged(make_ops, reference, capability, paged_spec("wide" if interpreted else "7-to-1", kv_dtype), steps)
 
 
