@@ -80,7 +80,7 @@ void sort_by_expert(Pass& pass, int64_t num_experts, const int32_t* ids, int64_t
 template <typename Address>
 void copy_rows(ThreadTeam& team, int thread, const RowForm& form, Address&& address, int64_t count, float* memory) {
   float* gathered = form.order == nullptr ? nullptr : reinterpret_cast<float*>(team.local(thread, size_t(form.C) * sizeof(float)));
-  for (int64_t block = 0; block * ROW_BLOCK < count; ++block) copy_block(form, address, count, block, memory, gathered);
+  for (int64_t r = 0; r < count; ++r) copy_into(form, address(r), count, r, memory, gathered);
 }
 
 // 32 channels of silu(gate) * up for `n` rows from row `row` of the expert's `count`, as tiles where `tiles`.

@@ -23,6 +23,7 @@ int gemv_rows(const PackedMatrix& w) {
 }
 
 constexpr int64_t COPY_BYTES = 3 << 19;
+constexpr int64_t ROUNDING_COST = 8;  // of a number, in numbers moved
 
 // Rows of x that stay in L2 while all panels pass over them; in matrix tiles they fill whole pairs of blocks.
 int64_t rows_at_a_time(const RowForm& form, int64_t rows) {
@@ -43,9 +44,10 @@ void in_pieces(ThreadTeam& team, const RowForm& form, const float* x, int64_t x_
       continue;
     }
     float* copy = reinterpret_cast<float*>(team.shared(size_t(n * form.row_floats()) * sizeof(float)));
-    share(team, ceil_div(n, ROW_BLOCK), n * form.C, [&](int64_t block, int thread) {
+    const int64_t cost = form.rounding.kind == Rounding::NONE ? 1 : ROUNDING_COST;
+    share(team, n, cost * n * form.C, [&](int64_t r, int thread) {
       float* gathered = form.order == nullptr ? nullptr : reinterpret_cast<float*>(team.local(thread, size_t(form.C) * sizeof(float)));
-      copy_block(form, [&](int64_t r) { return from + r * x_stride; }, n, block, copy, gathered);
+      copy_into(form, from + r * x_stride, n, r, copy, gathered);
     });
     f(copied_rows(form, copy, n), row);
   }

@@ -213,21 +213,16 @@ static inline void copy_row(const RowForm& form, const float* row, float* out, i
   }
 }
 
-// Rows block * 16 .. of `count` into the copy at `memory`; address(r) is where row r is. `gathered`: C floats, where there is an order.
-template <typename Address>
-static inline void copy_block(const RowForm& form, Address&& address, int64_t count, int64_t block, float* memory, float* gathered) {
-  const int64_t first = block * ROW_BLOCK, n = smaller(ROW_BLOCK, count - first);
-  float* out = memory + first * form.width();
-  float* scales = memory + count * form.width() + first * form.num_scales();
-  float* sums = memory + count * (form.width() + form.num_scales()) + first * form.num_sums();
-  for (int64_t r = 0; r < n; ++r) {
-    const float* row = address(first + r);
-    if (form.order != nullptr) {
-      for (int64_t k = 0; k < form.C; ++k) gathered[k] = row[form.order[k]];
-      row = gathered;
-    }
-    copy_row(form, row, out, n, r, scales + r * form.num_scales(), sums + r * form.num_sums());
+// Row r of `count`, which lies at `row`, into the copy at `memory`. `gathered`: C floats, where there is an order.
+static inline void copy_into(const RowForm& form, const float* row, int64_t count, int64_t r, float* memory, float* gathered) {
+  const int64_t first = r / ROW_BLOCK * ROW_BLOCK, n = smaller(ROW_BLOCK, count - first);
+  if (form.order != nullptr) {
+    for (int64_t k = 0; k < form.C; ++k) gathered[k] = row[form.order[k]];
+    row = gathered;
   }
+  float* scales = memory + count * form.width() + r * form.num_scales();
+  float* sums = memory + count * (form.width() + form.num_scales()) + r * form.num_sums();
+  copy_row(form, row, memory + first * form.width(), n, r - first, scales, sums);
 }
 
 }  // namespace apportion::APPORTION_ISA
