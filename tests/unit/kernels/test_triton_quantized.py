@@ -35,6 +35,18 @@ def test_the_library_and_the_flat_kernel_agree(scheme):
     torch.testing.assert_close(by_library, flat, rtol=1e-5, atol=1e-5)
 
 
+def test_the_library_begins_where_the_tiles_end(monkeypatch):
+    from apportion.kernels.triton.quantized import CodedLinear
+    from apportion.kernels.triton.tiles import MOST_ROWS, Tiles
+
+    monkeypatch.setattr(CodedLinear, "_by_library", lambda self, x, out: out.fill_(1.0))
+    monkeypatch.setattr(CodedLinear, "_flat", lambda self, x, out, choice: out.fill_(0.0))
+    for library in (False, True):
+        op = CodedLinear(LinearSpec(48, 96, "e4m3_channel@e4m3_token"), Tiles().flat, ("e4m3",), library=library)
+        op.bind(torch.zeros(op.nbytes, dtype=torch.uint8))
+        assert [bool(op(torch.ones(rows, 96)).any()) for rows in (1, MOST_ROWS, MOST_ROWS + 1)] == [False, False, library]
+
+
 @pytest.mark.parametrize(
     ("scheme", "on_ada", "on_ampere"),
     [

@@ -18,7 +18,7 @@ from apportion.kernels.triton.experts import GroupedExperts
 from apportion.kernels.triton.linear import TritonLinear
 from apportion.kernels.triton.mixed_experts import MixedExperts
 from apportion.kernels.triton.quantized import CodedLinear
-from apportion.kernels.triton.tiles import Tiles
+from apportion.kernels.triton.tiles import MOST_ROWS, Tiles
 
 logger = logging.getLogger(__name__)
 
@@ -49,10 +49,15 @@ class TritonOps:
 
     def linear(self, spec: LinearSpec) -> TritonLinear | CodedLinear:
         if spec.scheme not in FLOATS:
-            obstacle = quantized.library_obstacle(spec, self.units)
-            self._tell(spec.scheme, f"; never by the library: {obstacle}" if obstacle else "")
-            return CodedLinear(spec, self.tiles.flat, self.units, None if obstacle else self._choose(spec))
+            return self._coded(spec)
         return TritonLinear(spec, self.tiles.flat, self._choose(spec))
+
+    def _coded(self, spec: LinearSpec) -> CodedLinear:
+        obstacle = "kernels are interpreted" if self._interpreted else quantized.library_obstacle(spec, self.units)
+        row = None if obstacle or self._table is None else self._table.rows.get((spec.scheme, spec.out_features, spec.in_features))
+        usual = f"the library beyond {MOST_ROWS} tokens" if row is None else "the library where the dispatch table says so"
+        self._tell(spec.scheme, f"; never by the library: {obstacle}" if obstacle else f"; by {usual}")
+        return CodedLinear(spec, self.tiles.flat, self.units, None if row is None else row.at, library=not obstacle)
 
     def method(self, scheme: str) -> str:
         """How a linear of a scheme is computed, in words."""

@@ -20,7 +20,7 @@ from torch import Tensor
 
 from apportion.core.errors import Unsupported
 from apportion.core.number_format import NumberFormat, Scheme
-from apportion.kernels.interval_table import Choice
+from apportion.kernels.interval_table import LIBRARY, Choice
 from apportion.kernels.ops import LinearSpec, RoundedRows
 from apportion.kernels.reference.linear import DequantizedLinear
 from apportion.kernels.reference.number_formats import FLOAT8 as FLOAT8_DTYPES
@@ -232,13 +232,14 @@ class CodedLinear(DequantizedLinear):
     """kernels/ops.Linear of every scheme with scales, in the buffer of the reference, but for integers that are multiplied as they stand:
     those count from 0.
 
-    choose: tokens -> what multiplies; None: the flat kernel always; the library where `library_obstacle` is empty alone. units: as
-    `product_of` takes them.
+    choose: tokens -> what multiplies, as measured. Without it the flat kernel does for as many tokens as its tiles have, and for more the
+    library, if `library`: only where `library_obstacle` is empty. units: as `product_of` takes them.
     """
 
     def __init__(
-        self, spec: LinearSpec, tiles: Sequence[Tile], units: Collection[str], choose: Callable[[int], Choice] | None = None
-    ) -> None:
+        self, spec: LinearSpec, tiles: Sequence[Tile], units: Collection[str], choose: Callable[[int], Choice] | None = None,
+        library: bool = False,
+    ) -> None:  # fmt: skip
         super().__init__(spec, _no_linear)
         weight, activation = self.scheme.weight, self.scheme.activation
         if weight.is_float or spec.gated:
@@ -255,7 +256,7 @@ class CodedLinear(DequantizedLinear):
         self.code_dtype = as_bytes if self.product == "bytes" else torch.int32
         self.width = -(-spec.in_features * weight.bits // 32) * 4 // self.code_dtype.itemsize
         self._offset = 128 if self.product == "bytes" and weight.is_integer else 0
-        self._choose = choose
+        self._choose, self._library = choose, library
         rounded_as = {"bytes": as_bytes, "int8": torch.int8}.get(self.product, torch.bfloat16)
         self._round = None if activation is None else Rounding(activation, rounded_as)
         self.rounding = None if weight.permuted else self._round  # norms and gates know nothing of an order
@@ -281,10 +282,12 @@ class CodedLinear(DequantizedLinear):
             if self.scheme.weight.permuted:
                 x = x.index_select(1, self._stored["order"])
             x = RoundedRows(x, None) if self._round is None else self._round(x)
-        choice = self._choose(rows) if self._choose is not None else self._filling(out.device)
+        choice = self._choose(rows) if self._choose is not None else self._usual(rows, out.device)
         return self._by_library(x, out) if choice.kernel == "library" else self._flat(x, out, choice)
 
-    def _filling(self, device: torch.device) -> Choice:
+    def _usual(self, rows: int, device: torch.device) -> Choice:
+        if self._library and rows > MOST_ROWS:
+            return LIBRARY
         splits = choose_splits(self.spec.out_features, self.spec.in_features, num_multiprocessors(device), self.tiles[0])
         return Choice("flat", 0, splits)
 
