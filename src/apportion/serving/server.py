@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import gc
 import logging
 import time
 from collections.abc import Callable, Sequence
@@ -117,6 +118,8 @@ class Server:
                     tokenizer = tokenizer.with_chat_template(self.config.chat_template)
                 self.tokenizers[info.name] = tokenizer
         if not self.models:
+            gc.collect()
+            gc.freeze()  # a full collection would walk what was imported, 0.1 s in which nothing is answered
             logger.info("ready: %s", ", ".join(info.name for info in infos if info.state is ModelState.LOADED))
         self.models = {info.name: info for info in infos}
 
