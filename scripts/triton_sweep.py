@@ -32,7 +32,9 @@ def main(arguments: Sequence[str] | None = None) -> int:
     targets = {row["target"] for row in fresh}
     rows = sorted([row for row in rows if row["target"] not in targets] + fresh, key=lambda row: (row["target"], row["workload"]))
     lines = ",\n".join(json.dumps([row[column] for column in COLUMNS]) for row in rows)
-    head = json.dumps({"format": FORMAT, "triton": version("triton"), "columns": COLUMNS})[:-1]
+    commit = subprocess.run(["git", "rev-parse", "--short", "HEAD"], cwd=ROOT, stdout=subprocess.PIPE, text=True, check=True).stdout.strip()
+    facts = {"format": FORMAT, "command": "make triton-sweep", "commit": commit, "triton": version("triton"), "columns": COLUMNS}
+    head = json.dumps(facts)[:-1]
     args.out.write_text(f'{head}, "rows": [\n{lines}\n]}}\n')
     spilled = [row for row in rows if row["spills"]]
     print(f"{len(rows)} kernels compiled, {len(spilled)} of them spill; {args.out}")
