@@ -26,7 +26,7 @@ from apportion.platforms.arena import Arena
 
 SCHEMES = (
     "bfloat16,e4m3_channel,e4m3_channel@e4m3_token,e4m3_b128x128@e4m3_g128,int8_channel,int8_channel@int8_token,"
-    "int4_g128_bf16,int4_g32_zp_f16,int3_g128_bf16,int2_g64_zp_f16"
+    "int6_g128_bf16@int8_token,int4_g128_bf16,int4_g128_bf16@int8_token,int4_g32_zp_f16,int3_g128_bf16,int2_g64_zp_f16"
 )
 
 
