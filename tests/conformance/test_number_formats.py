@@ -261,6 +261,21 @@ def test_eight_bit_products_are_exact(make_ops, scheme):
     assert torch.equal(op(x), sums.float() * scale * q.scale.T)
 
 
+@pytest.mark.parametrize("c", [1 << 16, (1 << 16) + 32])
+@pytest.mark.parametrize("code", [0, 255])
+def test_sums_of_the_largest_products(make_ops, c, code):
+    """As many inputs as a sum of 32 bits holds, and more: every product the largest there is, of either sign."""
+    fmt = NumberFormat.parse("int8_channel")
+    op = make_ops("linear").linear(LinearSpec(3, c, "int8_channel@int8_static"))
+    op.bind(buffer(op.nbytes))
+    codes = torch.full((3, c), code, dtype=torch.uint8)
+    op.load_rows(QuantizedWeight(fmt, codes, torch.ones(3, 1), None, None, torch.ones(1)), 0)
+    x = torch.tensor([[-128.0], [127.0]]).expand(2, c).contiguous()
+    expected = x[:, :1].double() * (code - 128) * c
+    # Equal products added in float32 are all rounded to the same side; a sum of 32 bits that ran over would have the wrong sign.
+    assert ((op(x).double() - expected).abs() <= 1e-2 * expected.abs()).all()
+
+
 def test_float8_emulation_is_the_dequantized_oracle(make_ops, capability):
     """With power-of-two scales both roads round alike: codes times codes, scaled, and dequantized numbers multiplied."""
     ops = make_ops("linear")
