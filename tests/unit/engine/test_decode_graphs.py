@@ -88,6 +88,13 @@ def test_the_engine_over_triton_and_graphs_gives_the_reference_tokens(folder, mo
     assert tokens_of(folder, "triton", lanes=(LaneConfig(depth=2),)) == expected, "each step fed by the one in flight before it"
 
 
+@interpreted
+def test_eight_bits_in_cache_and_weights_over_triton(folder):
+    """Rounded by norms and gates, multiplied as bytes, cached as bytes: the tokens are the reference's."""
+    options = {"kv_cache_dtype": "fp8", "quantization": "fp8"}
+    assert tokens_of(folder, "triton", **options) == tokens_of(folder, "reference", **options)
+
+
 def test_a_graph_is_made_again_when_metadata_moves():
     """Sizes in turn: every replay reads the metadata of its own step."""
     seen = []
