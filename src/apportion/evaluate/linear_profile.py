@@ -100,7 +100,9 @@ def measure(
         masks = {"flat": 0} | ({"gemv": 1 << (t - 1)} if t <= made[0].gemv_rows else {})
         found[t] = _medians([{name: _forced(op, mask, x, out) for name, mask in masks.items()} for op in made], rounds)
         if library:
+            torch.set_num_threads(ops.team.num_threads)  # type: ignore[attr-defined]  # as many as ours
             found[t] |= _medians([{"library": _library(x, w)} for w in peers], -(-rounds // 5))  # nothing is chosen by it
+            torch.set_num_threads(1)
     return found
 
 
@@ -117,8 +119,8 @@ def _library(x: Tensor, weight: Tensor) -> Callable[[], object]:
 
 
 def intervals(times: Mapping[int, Mapping[str, float]]) -> Intervals:
-    """A GEMV up to some number of tokens, flat beyond; the peer's times stand beside."""
-    return Intervals.crossing(times, GEMV, FLAT)
+    """Where a GEMV is taken and where the flat way; the peer's times stand beside."""
+    return Intervals.fitted(times, GEMV, FLAT)
 
 
 def learn(time_at: Callable[[Sequence[int]], dict[int, dict[str, float]]], tokens: Sequence[int] = TOKENS) -> Intervals:

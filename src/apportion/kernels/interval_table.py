@@ -22,6 +22,7 @@ logger = logging.getLogger(__name__)
 
 FORMAT = "apportion linear dispatch 1"
 NOISE = 0.03  # of the time: a smaller win over the usual choice is none
+SWITCH = 0.05  # of the time of one cell: what a change of choice must gain in all
 
 
 @dataclass(frozen=True, slots=True)
@@ -31,6 +32,9 @@ class Choice:
     kernel: str
     tile: int = 0
     splits: int = 1
+
+    def __str__(self) -> str:
+        return self.kernel if (self.tile, self.splits) == (0, 1) else f"{self.kernel} (tile {self.tile}, {self.splits} splits)"
 
 
 LIBRARY, FLAT, GEMV = Choice("library"), Choice("flat"), Choice("gemv")
@@ -74,23 +78,39 @@ class Intervals:
         return cls(tuple(breaks), tuple(choices), us)
 
     @classmethod
-    def crossing(cls, us: Mapping[int, Mapping[str, float]], first: Choice, then: Choice) -> Intervals:
-        """`first` up to some number of tokens, `then` beyond: the break that gains most over all measured numbers together.
+    def fitted(cls, us: Mapping[int, Mapping[str, float]], one: Choice, usual: Choice) -> Intervals:
+        """Where `one` holds and where `usual`, which holds beyond the last: the intervals that lose least over all measured cells, when
+        each change of choice costs as much as SWITCH in one cell.
 
-        us: {tokens: {kernel or peer: microseconds}}; `first` may lack where it cannot run. All cells vote, each by how far its win (in
-        logarithms) exceeds the noise: a cell that a disturbed moment spoiled moves the break only if it outweighs the others.
+        So a disturbed cell moves nothing unless it outweighs its neighbours, and what is chosen instead of the best costs at most SWITCH
+        at an end and twice that between. us: {tokens: {kernel or peer: microseconds}}; `one` may lack where it cannot run.
         Errors: InvalidParameter where nothing was measured.
         """
         if not us:
             raise InvalidParameter("a table of intervals needs at least one measurement")
-        total = most = 0.0
-        last = 0
-        for tokens in sorted(tokens for tokens, times in us.items() if first.kernel in times):
-            total += math.log(us[tokens][then.kernel] / us[tokens][first.kernel]) - NOISE
-            if total > most:
-                most, last = total, tokens
-        measured = {str(tokens): us[tokens] for tokens in sorted(us)}
-        return cls((1, last + 1), (first, then), measured) if last else cls((1,), (then,), measured)
+        known = sorted(us)
+        best: list[tuple[float, list[Choice]]] = [(0.0, [usual])]  # (loss, choices) from a cell to the end, for each choice in that cell
+        for tokens in reversed(known):
+            spent = {choice: math.log(us[tokens].get(choice.kernel, math.inf)) for choice in (usual, one)}
+            ways = {
+                choice: [(loss + SWITCH * (rest[0] != choice) + own, [choice, *rest]) for loss, rest in best]
+                for choice, own in spent.items()
+            }
+            best = [min(found, key=_loss) for found in ways.values()]
+        chosen = min(best, key=_loss)[1]
+        breaks, choices = [1], [chosen[0]]
+        for before, tokens, choice in zip(known, known[1:], chosen[1:], strict=False):
+            if choice != choices[-1]:
+                breaks.append(before + 1 if choice == usual else tokens)
+                choices.append(choice)
+        if choices[-1] != usual:
+            breaks.append(known[-1] + 1)
+            choices.append(usual)
+        return cls(tuple(breaks), tuple(choices), {str(tokens): us[tokens] for tokens in known})
+
+
+def _loss(way: tuple[float, list[Choice]]) -> float:
+    return way[0]
 
 
 @dataclass(frozen=True, slots=True)

@@ -34,7 +34,7 @@ def test_every_way_is_timed_and_the_library_is_never_chosen(ops, monkeypatch):
     found = intervals(
         {1: {"flat": 9.0, "gemv": 5.0, "library": 0.1}, 4: {"flat": 5.0, "gemv": 4.95, "library": 0.1}, 40: {"flat": 9.0, "library": 1.0}}
     )
-    assert [found.at(t) for t in (1, 3, 4, 40, 1000)] == [GEMV, FLAT, FLAT, FLAT, FLAT]
+    assert [found.at(t) for t in (1, 3, 4, 40, 1000)] == [GEMV, GEMV, GEMV, FLAT, FLAT]
     assert found.us["1"]["library"] == 0.1
 
 
@@ -95,6 +95,16 @@ def test_one_spoiled_cell_neither_moves_the_break_nor_is_it_hidden():
     found = learn(timed(spoiled=3)[0], (1, 2, 3, 4, 5, 6, 8, 12, 16))
     assert found.breaks == (1, 7)
     assert worst_pick(found) == pytest.approx(1.1), "what the rule costs at the cell as measured"
+
+
+def test_a_first_cell_that_differs_by_more_than_a_switch_costs_is_chosen_apart():
+    time_at, _ = timed()
+
+    def one_token_is_slow(tokens):
+        return {t: us | ({"gemv": 16.0} if t == 1 else {}) for t, us in time_at(tokens).items()}
+
+    found = learn(one_token_is_slow, (1, 2, 4, 8, 12, 16))
+    assert [found.at(t) for t in (1, 2, 6, 7, 8)] == [FLAT, GEMV, GEMV, FLAT, FLAT] and worst_pick(found) == 1.0
 
 
 def test_a_way_that_never_wins_is_never_taken():

@@ -2,12 +2,14 @@
 
 import json
 import logging
+import math
 
 import pytest
 
 from apportion.core.errors import InvalidParameter
 from apportion.kernels import interval_table
-from apportion.kernels.interval_table import LIBRARY, Choice, Intervals, IntervalTable, device_slug, shipped
+from apportion.kernels.cpu import KERNELS
+from apportion.kernels.interval_table import LIBRARY, SWITCH, Choice, Intervals, IntervalTable, device_slug, shipped, shipped_path
 
 FLAT, SPLIT = Choice("flat", 1, 1), Choice("flat", 0, 4)
 MEASURED = [(1, 10.0, 7.0, SPLIT), (2, 10.0, 7.5, SPLIT), (4, 10.0, 8.0, FLAT), (16, 10.0, 9.9, FLAT), (32, 10.0, 9.0, FLAT)]
@@ -36,8 +38,19 @@ def test_a_table_survives_json_and_is_for_one_device():
         IntervalTable.from_dict({**data, "format": "other"}, "nvidia-h200")
 
 
+@pytest.mark.parametrize("path", sorted(shipped_path("x").parent.glob("*.json")), ids=lambda path: path.stem)
+def test_a_shipped_table_is_of_these_kernels_and_its_choices_cost_little(path):
+    found = IntervalTable.from_dict(json.loads(path.read_text()), path.stem)
+    assert found.rows and (path.stem.startswith("nvidia") or found.versions["cpu kernels"] == KERNELS)
+    for row in found.rows.values():
+        for tokens, us in row.us.items():
+            best = min(time for name, time in us.items() if name != "library")
+            assert us[row.at(int(tokens)).kernel] <= math.exp(2 * SWITCH) * best, "what the rule promises"
+
+
 def test_explain_prints_the_measured_row():
     assert "library 10.0 us, flat 8.0 us" in table().explain("bfloat16", 4096, 4096, 5)
+    assert "at 5 tokens: flat (tile 1, 1 splits); measured at 4 tokens" in table().explain("bfloat16", 4096, 4096, 5)
     assert "was not measured on nvidia-h200: the library multiplies" in table().explain("bfloat16", 1, 2, 5)
 
 
