@@ -60,7 +60,7 @@ def main() -> int:
 def run_stages(machine: Any, wanted: list[str], args: argparse.Namespace) -> int:
     from stages import STAGES, device
 
-    from apportion.kernels.interval_table import device_slug
+    from apportion.kernels.interval_table import IntervalTable, device_slug
 
     machine.facts = device(machine)
     gpu = device_slug(machine.facts["name"])
@@ -88,7 +88,8 @@ def run_stages(machine: Any, wanted: list[str], args: argparse.Namespace) -> int
         if found.get("table", {}).get("rows"):
             tables = TABLES if args.out == RESULTS else args.out
             tables.mkdir(parents=True, exist_ok=True)
-            (tables / f"{gpu}.json").write_text(json.dumps(found["table"], indent=1) + "\n")
+            made, target = IntervalTable.from_dict(found["table"], gpu), tables / f"{gpu}.json"
+            target.write_text((made.merged_over(json.loads(target.read_text())) if target.exists() else made).to_json())
         cut = ", cut short" if time.monotonic() > machine.deadline else ""
         print(f"{stage}: {found['seconds']} s{cut} {found.get('summary', '')}", flush=True)
         if found.get("passed") is False:

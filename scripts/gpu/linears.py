@@ -11,15 +11,19 @@ from machine import PEERS, Machine, OutOfTime, geomean, row
 from shapes import FEW_ROWS, LARGE_ROWS, LINEAR_ROWS, LINEAR_SHAPES, QUANTIZED
 
 from apportion.core.number_format import Scheme
-from apportion.kernels.interval_table import Choice, Intervals, IntervalTable, device_slug
+from apportion.kernels.interval_table import LIBRARY, Choice, Intervals, IntervalTable, device_slug
 from apportion.kernels.ops import LinearSpec
 from apportion.kernels.reference.number_formats import quantize
 from apportion.kernels.triton.linear import SPLITS, choose_splits, flat
+from apportion.kernels.triton.quantized import CodedLinear, library_obstacle
+
+Points = dict[tuple[str, int, int], list[tuple[int, float, float, Choice]]]  # as Intervals.of takes them
 
 
 def linear(machine: Machine) -> dict[str, Any]:
     """bf16 products of few tokens: every tile and split of the flat kernel against the library, weights rotated past the cache."""
-    rows, points = [], {}
+    rows: list[dict[str, Any]] = []
+    points: Points = {}
     tiles = machine.ops.tiles.flat[: machine.shrunk(99, 1)]
     try:
         for n, c in LINEAR_SHAPES[: machine.shrunk(99, 1)]:
@@ -45,69 +49,100 @@ def linear(machine: Machine) -> dict[str, Any]:
             del weights
     except OutOfTime:
         pass  # shapes that are whole make a table
-    versions = {name: machine.facts[name] for name in ("torch", "triton")}
-    table = IntervalTable(device_slug(machine.facts["name"]), versions, {key: Intervals.of(found) for key, found in points.items()})
     speedups = [r["peer_us"] / r["us"] for r in rows if 2 <= r["t"] <= 16]
-    return {"rows": rows, "geomean_2_to_16": geomean(speedups), "worst_2_to_16": min(speedups, default=None), "table": table.as_dict()}
+    return {
+        "rows": rows,
+        "geomean_2_to_16": geomean(speedups),
+        "worst_2_to_16": min(speedups, default=None),
+        "table": _table(machine, points).as_dict(),
+    }
+
+
+def _table(machine: Machine, points: Points) -> IntervalTable:
+    versions = {name: machine.facts[name] for name in ("torch", "triton")}
+    return IntervalTable(device_slug(machine.facts["name"]), versions, {key: Intervals.of(found) for key, found in points.items()})
 
 
 def quantized(machine: Machine) -> dict[str, Any]:
-    """Low-bit products of few tokens through kernels.ops, the rounding of inputs inside, weights rotated past the cache."""
+    """Low-bit products of few tokens, the rounding of inputs inside, weights rotated past the cache: every tile, and the library's."""
     rows: list[dict[str, Any]] = []
+    points: Points = {}
     try:
         for scheme, name, shapes in QUANTIZED:
             bits = Scheme.parse(scheme).weight.bits
             for n, c in shapes[: machine.shrunk(99, 1)]:
                 n, c = machine.shrunk(n, 128), machine.shrunk(c, 128)
-                ops = _copies(machine, scheme, n, c, machine.copies(n * c * bits // 8))
+                linears = _Copies(machine, scheme, n, c)
                 for t in FEW_ROWS[: machine.shrunk(99, 1)]:
-                    x, floor = machine.random(t, c), machine.floor_us(n * c * bits / 8 + 2 * t * (n + c))
-                    us = machine.microseconds([partial(op, x) for op in ops])
-                    published = PEERS["linear"].get(name, {}).get(f"{n}x{c}", {}).get(str(t))
-                    rows.append(row(f"{scheme} {n}x{c} T={t}", us, floor, published))
+                    us, choice, library = linears.best(t)
+                    floor, published = (
+                        machine.floor_us(n * c * bits / 8 + 2 * t * (n + c)),
+                        PEERS["linear"].get(name, {}).get(f"{n}x{c}", {}),
+                    )
+                    rows.append(row(f"{scheme} {n}x{c} T={t}", us, floor, published.get(str(t)), choice=str(choice), library_us=library))
+                    if library is not None:
+                        points.setdefault((scheme, n, c), []).append((t, library, us, choice))
     except OutOfTime:
         pass
-    return {
-        "rows": rows,
-        "peer": PEERS["source"]["how"],
-        "inputs": "float32 or bfloat16 as the engine gives them; their rounding is inside",
-    }
+    return {"rows": rows, "peer": PEERS["source"]["how"], "table": _table(machine, points).as_dict()}
 
 
 def large(machine: Machine) -> dict[str, Any]:
-    """fp8 products of many tokens through kernels.ops against torch._scaled_mm of inputs that are rounded already."""
+    """fp8 products of many tokens, the rounding of inputs inside: our kernel, the library through ours, and torch._scaled_mm alone."""
     rows: list[dict[str, Any]] = []
-    n, c = machine.shrunk(8192, 128), machine.shrunk(8192, 128)
+    points: Points = {}
+    scheme, n, c = "e4m3_channel@e4m3_token", machine.shrunk(8192, 128), machine.shrunk(8192, 128)
     try:
-        ops = _copies(machine, "e4m3_channel@e4m3_token", n, c, machine.copies(n * c))
+        linears = _Copies(machine, scheme, n, c)
         one = torch.ones((), device=machine.device)
         for t in LARGE_ROWS[: machine.shrunk(99, 1)]:
-            x = machine.random(t, c)
-            us = machine.microseconds([partial(op, x) for op in ops])
-            library = None
-            if not machine.dry:  # which has no such product without a GPU
-                codes, weights = x.to(torch.float8_e4m3fn), [machine.random(n, c).to(torch.float8_e4m3fn).t() for _ in ops]
-                library = machine.microseconds(
+            us, choice, library = linears.best(t)
+            alone = None
+            if library is not None:
+                codes, weights = (
+                    machine.random(t, c).to(torch.float8_e4m3fn),
+                    [machine.random(n, c).to(torch.float8_e4m3fn).t() for _ in linears.ops],
+                )
+                alone = machine.microseconds(
                     [partial(torch._scaled_mm, codes, w, scale_a=one, scale_b=one, out_dtype=torch.bfloat16) for w in weights]
                 )
+                points.setdefault((scheme, n, c), []).append((t, library, us, choice))
             floor = max(machine.floor_us(n * c + 2 * t * (n + c)), t * n * c / machine.facts["flop_per_s"] * 1e6)  # twice the rate of bf16
-            rows.append(row(f"fp8 {n}x{c} T={t}", us, floor, library))
+            dispatched = us if library is None else min(us, library)
+            rows.append(row(f"fp8 {n}x{c} T={t}", dispatched, floor, alone, flat_us=us, library_us=library))
     except OutOfTime:
         pass
-    return {"rows": rows, "inputs": "ours rounds them, the library's are rounded before"}
+    return {"rows": rows, "peer": "torch._scaled_mm of inputs rounded before; ours rounds them", "table": _table(machine, points).as_dict()}
 
 
-def _copies(machine: Machine, scheme: str, n: int, c: int, count: int) -> list[Any]:
-    """The same linear in several places."""
-    weight = quantize(torch.randn(n, c) * c**-0.5, Scheme.parse(scheme).weight)
-    if scheme.endswith("static"):
-        weight.input_scale = torch.full((1,), 0.01)
-    made: list[Any] = []
-    for _ in range(count):
-        op = machine.ops.linear(LinearSpec(n, c, scheme))
-        buffer = torch.empty(op.nbytes, dtype=torch.uint8, device=machine.device)
-        op.bind(buffer if not made else made[0][1].clone())
-        if not made:
+class _Copies:
+    """One quantized linear in several places, what multiplies it in our hands."""
+
+    def __init__(self, machine: Machine, scheme: str, n: int, c: int) -> None:
+        self.machine, self.choice = machine, Choice("flat")
+        spec, bits = LinearSpec(n, c, scheme), Scheme.parse(scheme).weight.bits
+        self.has_library = not machine.dry and not library_obstacle(spec, machine.ops.units)
+        weight = quantize(torch.randn(n, c) * c**-0.5, Scheme.parse(scheme).weight)
+        if scheme.endswith("static"):
+            weight.input_scale = torch.full((1,), 0.01)
+        self.ops: list[CodedLinear] = []
+        for _ in range(machine.copies(n * c * bits // 8)):
+            op = CodedLinear(spec, machine.ops.tiles.flat, machine.ops.units, lambda rows: self.choice, self.has_library)
+            op.bind(torch.empty(op.nbytes, dtype=torch.uint8, device=machine.device))
             op.load_rows(weight, 0)
-        made.append((op, buffer))
-    return [op for op, _ in made]
+            self.ops.append(op)
+
+    def best(self, t: int) -> tuple[float, Choice, float | None]:
+        """(microseconds of our kernel in its best tile, that tile, the library's) for t tokens. Errors: OutOfTime."""
+        op, x = self.ops[0], self.machine.random(t, self.ops[0].spec.in_features)
+        found = []
+        for index, tile in enumerate(op.tiles[: self.machine.shrunk(99, 1)]):
+            filling = choose_splits(op.spec.out_features, op.spec.in_features, self.machine.facts["multiprocessors"], tile)
+            for splits in sorted({1, filling}):
+                found.append((self._time(x, Choice("flat", index, splits)), index, splits))
+        us, index, splits = min(found)
+        return us, Choice("flat", index, splits), self._time(x, LIBRARY) if self.has_library else None
+
+    def _time(self, x: torch.Tensor, choice: Choice) -> float:
+        self.choice = choice
+        return self.machine.microseconds([partial(op, x) for op in self.ops])
