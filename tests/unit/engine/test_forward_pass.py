@@ -51,7 +51,8 @@ def inputs(house, tokens, computed, requests=None):
     rows = np.arange(len(tokens)) if requests is None else np.array(requests)
     flat = torch.tensor([token for row in tokens for token in row], dtype=torch.int32)
     empty = np.zeros(0, np.int32)
-    return StepInputs([], rows, lens, empty, empty, starts, flat, positions, (house.tables[torch.from_numpy(rows)].contiguous(),))
+    tables = (house.tables[torch.from_numpy(rows)].contiguous(),)
+    return StepInputs([], rows, lens, empty, empty, starts, flat, positions, tables, rows, empty)
 
 
 STEPS = [  # (tokens of each request, computed before, rows of the requests)

@@ -51,7 +51,7 @@ def test_the_next_step_reads_what_was_sampled_here():
     batch = InputBatch(1, 100)
     batch.update(step({"a": 2}, new_requests=[new("a", [1, 2])]))
     first = batch.build({"a": 2})
-    batch.append(first, first.sampled, np.array([42], np.int32))
+    batch.append(first, np.array([42], np.int32))
     second = batch.build({"a": 1})  # nothing was said about it: one more token, at the next position
     assert second.token_ids_T.tolist() == [42] and second.positions_T.tolist() == [2] and second.sampled.tolist() == [0]
     batch.update(step({"a": 2}, cached_requests=[CachedRequest("a", 2, new_token_ids=[42, 43])]))  # sampled elsewhere
@@ -104,7 +104,7 @@ def test_random_histories_equal_plain_lists():
         assert inputs.sampled.tolist() == sampled
         drawn = np.arange(plain, plain + len(sampled), dtype=np.int32)
         plain += len(sampled)
-        batch.append(inputs, inputs.sampled, drawn)
+        batch.append(inputs, drawn)
         for i, (request_id, count) in enumerate(counts.items()):
             tokens, tables, computed = known[request_id]
             if i in sampled:
