@@ -150,10 +150,11 @@ def table(results: dict[str, Any]) -> str:
     reference = floor["nll_reference"]["value"]
     moved, same = floor["nll_difference"]["value"] / reference, floor["top1_agreement"]["value"]
     text = f"{results['model']}: {results['num_tokens']:,} tokens of held-out text in windows of {WINDOW}, NLL {reference:.4f} in float32"
-    asked = f"of {results['num_items']:,} questions ({', '.join(TASKS)} at {' and '.join(map(str, LENGTHS))} tokens) the original answers"
+    asked = f"{results['num_items']:,} questions ({', '.join(TASKS)} at {' and '.join(map(str, LENGTHS))} tokens)"
+    right = f"of {asked} the original answers {results['score_original']['value']:.1%}." if results["num_items"] else "no questions asked."
     lines = [
         f"{text}; in bfloat16 it moves by {moved:+.3%} and {same:.2%} of the most likely tokens stay (the A/A floor). Intervals of 95 %;",
-        f"{asked} {results['score_original']['value']:.1%}.",
+        right,
         "",
         "| | weights, MB | NLL | interval | bar | same top-1 | retrieval kept | |",
         "|---|---|---|---|---|---|---|---|",
@@ -176,7 +177,7 @@ def table(results: dict[str, Any]) -> str:
 def write_page() -> None:
     """The tables of docs/quantization.md, from all that was kept: one of each model, of each candidate the newest row."""
     models: dict[str, dict[str, Any]] = {}
-    for path in sorted(RESULTS.glob("quantized_accuracy-*.json"), key=lambda path: path.stem[-10:]):
+    for path in sorted(RESULTS.glob("quantized_accuracy-*.json"), key=lambda path: (path.stem[-10:], path.stem)):
         found = json.loads(path.read_text())
         before = models.setdefault(found["model"], found)
         rows = {row["name"]: row for row in before["rows"] + found["rows"]}
