@@ -63,21 +63,9 @@ def round_kernel(
     inside = (lanes < WIDTH) & (columns < c)
     values = tl.load(x + row * x_stride + columns, mask=inside, other=0.0).to(tl.float32)
     round_and_store(
-        values,
-        columns,
-        inside,
-        codes + row * c,
-        scales + row * groups,
-        input_scale,
-        groups,
-        group,
-        reach,
-        least,
-        1,
-        STATIC,
-        INTEGER,
-        LARGEST,
-    )
+        values, columns, inside, codes + row * c, scales + row * groups, input_scale, groups, group, reach, least,
+        1, STATIC, INTEGER, LARGEST,
+    )  # fmt: skip
 
 
 @triton.jit
